@@ -1,0 +1,1 @@
+//! What needs root or real programs.

@@ -1,0 +1,3 @@
+//! The engine with IO that the snapshotter and the seeder share.
+
+pub mod source;

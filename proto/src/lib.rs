@@ -1,0 +1,31 @@
+//! gRPC schemas and their generated code: containerd's Snapshots service (served), containerd's Content service (called)
+//! and the mesh's control service (both).
+
+#![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
+#![allow(unreachable_pub, clippy::all, reason = "generated")]
+
+pub mod containerd {
+    pub mod types {
+        tonic::include_proto!("containerd.types");
+    }
+    pub mod services {
+        pub mod snapshots {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.snapshots.v1");
+            }
+        }
+        pub mod content {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.content.v1");
+            }
+        }
+    }
+}
+
+pub mod drover {
+    pub mod control {
+        pub mod v1 {
+            tonic::include_proto!("drover.control.v1");
+        }
+    }
+}

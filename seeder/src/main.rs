@@ -1,0 +1,3 @@
+//! The seeder.
+
+fn main() {}

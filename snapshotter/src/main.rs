@@ -1,0 +1,3 @@
+//! The snapshotter daemon and its keeper.
+
+fn main() {}

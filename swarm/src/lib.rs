@@ -1,0 +1,1 @@
+//! Who fetches which chunk from whom, and when: sans-IO.
