@@ -3,10 +3,14 @@
 //! - [`digest`]: OCI digests and chain ids.
 //! - [`chunk`]: the fixed-size units of a device.
 //! - [`entry`]: one path of a layer, as its tar names it.
+//! - [`index`]: all that must be known to mount and read a layer lazily.
+//! - [`wire`]: how chunks travel.
 
 pub mod chunk;
 pub mod digest;
 pub mod entry;
+pub mod index;
+pub mod wire;
 
 pub use chunk::{ChunkDigest, ChunkIndex, Geometry};
 pub use digest::{ChainId, Digest};
