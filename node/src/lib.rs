@@ -1,3 +1,5 @@
 //! The engine with IO that the snapshotter and the seeder share.
 
+pub mod config;
+pub mod security;
 pub mod source;

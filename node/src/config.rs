@@ -1,0 +1,272 @@
+//! Parts of the configuration files that both daemons share.
+//!
+//! A configuration is TOML. Sizes are texts like `"64MiB"`, durations texts like `"500ms"`; an unknown key is an error
+//! that names the key and its line.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::de::{self, DeserializeOwned, MapAccess, Visitor, value::MapAccessDeserializer};
+use serde::{Deserialize, Deserializer, Serialize};
+
+pub use bytesize::ByteSize;
+
+/// The largest configuration file that is read: far more than all keys there are, far less than what would hurt.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Why a configuration file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, a key is unknown, missing or has a wrong value.
+    #[error("the configuration {path} is wrong: {reason}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The place and the key, as the TOML reader shows them.
+        reason: String,
+    },
+}
+
+/// Reads the TOML file `path`.
+pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let read = |path: &Path| -> std::io::Result<String> {
+        use std::io::Read;
+        let mut text = String::new();
+        std::fs::File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(std::io::Error::other(format!("it is larger than {FILE_BYTES_MAX} bytes")));
+        }
+        Ok(text)
+    };
+    let text = read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text)
+        .map_err(|error| ConfigError::Parse { path: path.to_owned(), reason: error.to_string().trim_end().to_owned() })
+}
+
+/// How the machines of a cluster trust each other. Written as the text `"off"` or as a table:
+///
+/// ```toml
+/// [security]
+/// mode = "mtls"
+/// ca = "/etc/drover/ca.crt"
+/// certificate = "/etc/drover/node.crt"
+/// key = "/etc/drover/node.key"
+/// ```
+///
+/// There is no default: a cluster without security is the operator's explicit choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecurityConfig {
+    /// Plain TCP, no signatures: everyone who reaches the port is trusted.
+    Off,
+    /// TLS 1.3 with certificates on both ends and signed indexes.
+    Mtls(MtlsConfig),
+}
+
+/// The files of [`SecurityConfig::Mtls`], all PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MtlsConfig {
+    /// Certificates of the cluster's authority: one, or two while it is being replaced.
+    pub ca: PathBuf,
+    /// This machine's certificate chain, leaf first.
+    pub certificate: PathBuf,
+    /// The private key of the leaf, PKCS #8.
+    pub key: PathBuf,
+}
+
+impl<'de> Deserialize<'de> for SecurityConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SecurityVisitor;
+
+        impl<'de> Visitor<'de> for SecurityVisitor {
+            type Value = SecurityConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"off\", or a table with mode, ca, certificate and key")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<SecurityConfig, E> {
+                match text {
+                    "off" => Ok(SecurityConfig::Off),
+                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<SecurityConfig, A::Error> {
+                let table = SecurityTable::deserialize(MapAccessDeserializer::new(map))?;
+                let named = |key: &'static str, value: Option<PathBuf>| {
+                    value.ok_or_else(|| de::Error::custom(format!("security.{key} is missing (mode is \"mtls\")")))
+                };
+                match table.mode {
+                    SecurityMode::Mtls => Ok(SecurityConfig::Mtls(MtlsConfig {
+                        ca: named("ca", table.ca)?,
+                        certificate: named("certificate", table.certificate)?,
+                        key: named("key", table.key)?,
+                    })),
+                    SecurityMode::Off => Ok(SecurityConfig::Off),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(SecurityVisitor)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SecurityTable {
+    mode: SecurityMode,
+    ca: Option<PathBuf>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SecurityMode {
+    Mtls,
+    Off,
+}
+
+/// Registries that need more than HTTPS with the system's authorities, by host as image references name it
+/// (`registry.local:5000`, `docker.io`). The host `*` stands for all that are not named.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RegistriesConfig(pub BTreeMap<String, RegistryConfig>);
+
+impl RegistriesConfig {
+    /// The settings of `host`.
+    pub fn of(&self, host: &str) -> RegistryConfig {
+        self.0.get(host).or_else(|| self.0.get("*")).cloned().unwrap_or_default()
+    }
+}
+
+/// How to talk to one registry.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryConfig {
+    /// HTTP without TLS. Blobs stay proven by their digests, but credentials would travel readable.
+    #[serde(default)]
+    pub plain_http: bool,
+    /// PEM file with authorities that are trusted besides the system's.
+    pub ca: Option<PathBuf>,
+    /// A Docker `config.json` with credentials or names of credential helpers; where it is left out,
+    /// `$DOCKER_CONFIG/config.json` and then `~/.docker/config.json` are looked at.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// Where the seeders are: each `host:port`, tried in order. A host name may resolve to several seeders.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct SeederAddresses(Vec<String>);
+
+/// A text is not the address of a seeder.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no seeder address: want host:port")]
+pub struct AddressError(String);
+
+impl SeederAddresses {
+    /// Takes `host:port` texts; an IPv6 host stands in brackets.
+    pub fn new(addresses: impl IntoIterator<Item = String>) -> Result<Self, AddressError> {
+        let addresses: Vec<String> = addresses.into_iter().collect();
+        match addresses.iter().find(|address| split_address(address).is_none()) {
+            Some(wrong) => Err(AddressError(wrong.clone())),
+            None => Ok(Self(addresses)),
+        }
+    }
+
+    /// Hosts (without brackets) and ports.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, u16)> {
+        self.0.iter().filter_map(|address| split_address(address))
+    }
+
+    /// Whether no seeder is configured.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl<'de> Deserialize<'de> for SeederAddresses {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::new(Vec::<String>::deserialize(deserializer)?).map_err(de::Error::custom)
+    }
+}
+
+fn split_address(address: &str) -> Option<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    let host = match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']')?,
+        None if host.contains(':') => return None,
+        None => host,
+    };
+    let port: u16 = port.parse().ok().filter(|port| *port != 0)?;
+    (!host.is_empty() && !host.contains(['/', '@', ' '])).then_some((host, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Sample {
+        security: SecurityConfig,
+        #[serde(default)]
+        registries: RegistriesConfig,
+        #[serde(default)]
+        seeders: SeederAddresses,
+        limit: Option<ByteSize>,
+    }
+
+    fn parse(text: &str) -> Result<Sample, ConfigError> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("drover.toml");
+        std::fs::write(&path, text).unwrap();
+        load(&path)
+    }
+
+    #[test]
+    fn security_is_a_text_or_a_table() {
+        assert_eq!(parse("security = \"off\"").unwrap().security, SecurityConfig::Off);
+        assert_eq!(parse("[security]\nmode = \"off\"").unwrap().security, SecurityConfig::Off);
+        let mtls = parse("[security]\nmode = \"mtls\"\nca = \"a\"\ncertificate = \"b\"\nkey = \"c\"").unwrap().security;
+        let files = MtlsConfig { ca: "a".into(), certificate: "b".into(), key: "c".into() };
+        assert_eq!(mtls, SecurityConfig::Mtls(files));
+    }
+
+    #[test]
+    fn wrong_keys_are_named() {
+        let named = |text: &str, key: &str| {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        };
+        named("limit = \"1MiB\"", "security");
+        named("security = \"on\"", "on");
+        named("[security]\nmode = \"mtls\"\nca = \"a\"\nkey = \"c\"", "security.certificate");
+        named("security = \"off\"\nlimits = 3", "limits");
+        named("security = \"off\"\nseeders = [\"host\"]", "host:port");
+        named("security = \"off\"\n[registries.\"r:5000\"]\nplain = true", "plain");
+    }
+
+    #[test]
+    fn registries_fall_back_to_the_star() {
+        let sample = parse(
+            "security = \"off\"\nseeders = [\"s.local:7070\", \"[::1]:70\"]\nlimit = \"2MiB\"\n\
+             [registries.\"*\"]\ndocker_config = \"d\"\n[registries.\"r:5000\"]\nplain_http = true",
+        )
+        .unwrap();
+        assert!(sample.registries.of("r:5000").plain_http);
+        assert_eq!(sample.registries.of("other").docker_config, Some("d".into()));
+        assert_eq!(sample.seeders.iter().collect::<Vec<_>>(), [("s.local", 7070), ("::1", 70)]);
+        assert_eq!(sample.limit, Some(ByteSize::mib(2)));
+    }
+}
