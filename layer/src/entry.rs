@@ -19,6 +19,13 @@ pub struct Entry {
     pub xattrs: Vec<Xattr>,
 }
 
+impl Kind {
+    /// Whether the path is a directory, named by the tar or not.
+    pub const fn is_directory(&self) -> bool {
+        matches!(self, Self::Directory { .. } | Self::ImplicitDirectory { .. })
+    }
+}
+
 /// An extended attribute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Xattr {
@@ -46,8 +53,11 @@ pub enum Kind {
         opaque: bool,
     },
     /// A directory that the tar leaves out but has paths in. Mode, owner, time and xattrs come from the layers
-    /// below (containerd's `mkparent`), else 0755, root and the epoch.
-    ImplicitDirectory,
+    /// below (containerd's `mkparent`), else 0755, root and the epoch, which is what the entry itself says.
+    ImplicitDirectory {
+        /// The layer hides what its parents have in it (`.wh..wh..opq`).
+        opaque: bool,
+    },
     /// A file whose bytes stand in the device.
     Regular {
         /// First byte in the device, a multiple of 512.
@@ -60,9 +70,10 @@ pub enum Kind {
         /// Where it points, as it stands in the tar: any bytes, never resolved.
         target: Vec<u8>,
     },
-    /// Another name of a path of this layer that is no directory and no hard link itself.
+    /// Another name of a path of this layer that sorts before it and is no directory, whiteout or hard link itself.
+    /// Mode, owner, time and xattrs are the target's; in this entry they are zero and empty.
     HardLink {
-        /// The cleaned path of the other name.
+        /// The cleaned path of the first name.
         target: Vec<u8>,
     },
     /// A character device.
@@ -81,6 +92,6 @@ pub enum Kind {
     },
     /// A named pipe.
     Fifo,
-    /// The path is removed from the layers below (`.wh.NAME`).
+    /// The path is removed from the layers below (`.wh.NAME`). Mode, owner and time are zero, there are no xattrs.
     Whiteout,
 }

@@ -5,11 +5,15 @@
 //! - [`entry`]: one path of a layer, as its tar names it.
 //! - [`index`]: all that must be known to mount and read a layer lazily.
 //! - [`wire`]: how chunks travel.
+//! - [`tar`]: from the bytes of a device to its tree.
+//! - [`tree`]: all paths of a layer, in order, and what the layers below give it.
 
 pub mod chunk;
 pub mod digest;
 pub mod entry;
 pub mod index;
+pub mod tar;
+pub mod tree;
 pub mod wire;
 
 pub use chunk::{ChunkDigest, ChunkIndex, Geometry};
