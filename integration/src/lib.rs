@@ -1,1 +1,21 @@
-//! What needs root or real programs.
+//! The lab: runs the real programs (containerd, a registry, the seeder, the snapshotter) for the end-to-end tests, the
+//! demonstration and the benchmarks, and leaves nothing behind.
+//!
+//! - [`sandbox`]: everything runs in a process, mount and network namespace of its own that the kernel tears down.
+//! - [`tools`]: where the programs come from. [`process`]: starting, watching and stopping them.
+//! - [`network`]: registry, seeder and node as three hosts on a switch, with a link speed and byte counters.
+//! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves.
+//! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
+//! - [`compare`]: two file trees, attribute by attribute.
+
+pub mod compare;
+pub mod containerd;
+pub mod drover;
+pub mod image;
+pub mod measure;
+pub mod network;
+pub mod process;
+pub mod registry;
+pub mod sandbox;
+pub mod scene;
+pub mod tools;

@@ -1,0 +1,197 @@
+//! Our own two daemons, configured as a user would do it by hand.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::network::{Network, Place};
+use crate::process::{Daemon, run};
+use crate::tools::Tools;
+
+/// The seeder's port.
+const PORT: u16 = 7070;
+
+/// How long a daemon may take until it answers.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Certificates of a cluster, as `drover-seeder ca` issues them.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    folder: PathBuf,
+}
+
+impl Cluster {
+    /// Makes an authority in `folder` and certificates for the seeder and the node of `network`.
+    pub fn create(tools: &Tools, network: &Network, folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        run(Command::new(&tools.seeder).args(["ca", "init", "--dir"]).arg(folder))?;
+        for (role, place) in [("seeder", Place::Seeder), ("node", Place::Node)] {
+            let address = network.address(place).to_string();
+            let mut issue = Command::new(&tools.seeder);
+            issue.args(["ca", "issue", "--dir"]).arg(folder).args(["--role", role, "--address", &address, role]);
+            run(&mut issue)?;
+        }
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    fn security(&self, name: &str) -> String {
+        let file = |extension: &str| self.folder.join(format!("{name}.{extension}")).display().to_string();
+        format!(
+            "[security]\nmode = \"mtls\"\nca = \"{}\"\ncertificate = \"{}\"\nkey = \"{}\"\n",
+            self.folder.join("ca.crt").display(),
+            file("crt"),
+            file("key")
+        )
+    }
+}
+
+/// A running seeder.
+#[derive(Debug)]
+pub struct Seeder {
+    daemon: Daemon,
+    address: String,
+}
+
+impl Seeder {
+    /// Starts a seeder with its store in `folder`; a store that is there already is used.
+    pub fn start(
+        tools: &Tools,
+        network: &Network,
+        cluster: &Cluster,
+        folder: &Path,
+        plain_registry: Option<&str>,
+    ) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let address = format!("{}:{PORT}", network.address(Place::Seeder));
+        let config = folder.join("seeder.toml");
+        let mut text = format!("listen = \"{address}\"\nroot = \"{}\"\n", folder.join("store").display());
+        text.push_str(&cluster.security("seeder"));
+        text.push_str(&registry_entry(plain_registry));
+        fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+        let mut command = network.command(Place::Seeder, &tools.seeder);
+        command.arg("serve").arg("--config").arg(&config);
+        let mut daemon = Daemon::start("seeder", &mut command, &folder.join("log"))?;
+        daemon.wait_until("listens", START_DEADLINE, || listens(network, Place::Seeder, &address))?;
+        Ok(Self { daemon, address })
+    }
+
+    /// The process.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    /// `host:port`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+/// A running snapshotter.
+#[derive(Debug)]
+pub struct Snapshotter {
+    daemon: Daemon,
+    socket: PathBuf,
+    config: PathBuf,
+    program: PathBuf,
+    root: PathBuf,
+}
+
+impl Snapshotter {
+    /// Starts a snapshotter with state in `folder` and its sockets in `sockets`. `extra` is added to its configuration.
+    #[expect(clippy::too_many_arguments, reason = "each is one line of the configuration")]
+    pub fn start(
+        tools: &Tools,
+        network: &Network,
+        cluster: &Cluster,
+        folder: &Path,
+        sockets: &Path,
+        containerd: &Path,
+        seeder: &str,
+        plain_registry: Option<&str>,
+        extra: &str,
+    ) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        fs::create_dir_all(sockets).with_context(|| format!("cannot create {}", sockets.display()))?;
+        let root = folder.join("store");
+        let config = folder.join("snapshotter.toml");
+        let mut text = format!("root = \"{}\"\nrun = \"{}\"\n", root.display(), sockets.display());
+        text.push_str(&format!("[containerd]\nsocket = \"{}\"\n", containerd.display()));
+        text.push_str(&format!("[seeder]\naddresses = [\"{seeder}\"]\n"));
+        text.push_str(&cluster.security("node"));
+        text.push_str(&registry_entry(plain_registry));
+        text.push_str(extra);
+        fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
+        let socket = sockets.join("drover.sock");
+        let program = tools.snapshotter.clone();
+        let mut this =
+            Self { daemon: Self::serve(network, &program, &config, folder)?, socket, config, program, root };
+        this.wait_until_ready()?;
+        Ok(this)
+    }
+
+    /// The process that was started; the keeper is below or beside it.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    /// The socket that containerd is told.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Where it keeps everything.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Starts it again with the same configuration, after it was stopped or killed.
+    pub fn restart(&mut self, network: &Network) -> Result<()> {
+        let folder = self.config.parent().context("the configuration has no folder")?.to_owned();
+        self.daemon = Self::serve(network, &self.program, &self.config, &folder)?;
+        self.wait_until_ready()
+    }
+
+    /// What `drover-snapshotter status --json` says.
+    pub fn status(&self) -> Result<Value> {
+        let mut command = Command::new(&self.program);
+        let text = run(command.arg("status").arg("--json").arg("--config").arg(&self.config))?;
+        serde_json::from_str(&text).with_context(|| format!("the status is not JSON: {text}"))
+    }
+
+    /// What `drover-snapshotter status` prints for people.
+    pub fn status_text(&self) -> Result<String> {
+        run(Command::new(&self.program).arg("status").arg("--config").arg(&self.config))
+    }
+
+    fn serve(network: &Network, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {
+        let mut command = network.command(Place::Node, program);
+        command.arg("serve").arg("--config").arg(config);
+        Daemon::start("snapshotter", &mut command, &folder.join("log"))
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let socket = self.socket.clone();
+        let accepts = || std::os::unix::net::UnixStream::connect(&socket).is_ok();
+        self.daemon.wait_until("accepts connections", START_DEADLINE, accepts)
+    }
+}
+
+fn registry_entry(plain_registry: Option<&str>) -> String {
+    plain_registry.map(|host| format!("[registry.\"{host}\"]\nplain_http = true\n")).unwrap_or_default()
+}
+
+fn listens(network: &Network, place: Place, address: &str) -> bool {
+    let Some((host, port)) = address.rsplit_once(':') else { return false };
+    // bash can connect by itself; a TLS server needs no more to be told apart from a closed port.
+    run(network.command(place, "bash").args(["-c", &format!("exec 3<>/dev/tcp/{host}/{port}")])).is_ok()
+}
+
+/// Whether a status lists layers and all of them are complete.
+pub fn all_complete(status: &Value) -> bool {
+    let layers: Vec<&Value> = status["images"].as_array().into_iter().flatten().collect();
+    !layers.is_empty() && layers.iter().all(|image| image["state"] == "complete")
+}

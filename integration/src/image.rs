@@ -1,0 +1,131 @@
+//! Images for the lab, built by ourselves and kept as OCI image layouts.
+
+pub mod demo;
+pub mod layer;
+pub mod small;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+pub use layer::{Layer, LayerWriter};
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+
+/// A file of an image.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    /// `sha256:...`
+    pub digest: String,
+    /// Bytes.
+    pub size: u64,
+    /// Media type.
+    pub media_type: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// An image in a folder.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The manifest.
+    pub manifest: Blob,
+    /// The configuration.
+    pub config: Blob,
+    /// The layers, the lowest first.
+    pub layers: Vec<Blob>,
+}
+
+impl Image {
+    /// Writes manifest and configuration for `layers`, whose files must be in [`blob_folder`]\(`folder`).
+    pub fn assemble(folder: &Path, layers: &[Layer], path_variable: &str) -> Result<Self> {
+        let architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        };
+        let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
+        let config = json!({
+            "architecture": architecture,
+            "os": "linux",
+            "config": { "Env": [format!("PATH={path_variable}"), "LANG=C.UTF-8"], "Cmd": ["sh"], "WorkingDir": "/" },
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        });
+        let config = store(folder, CONFIG, &config)?;
+        let descriptor = |blob: &Blob| json!({ "mediaType": blob.media_type, "digest": blob.digest, "size": blob.size });
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|layer| Blob {
+                digest: layer.digest.clone(),
+                size: layer.size,
+                media_type: LAYER.to_owned(),
+                path: layer.path.clone(),
+            })
+            .collect();
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": descriptor(&config),
+            "layers": layers.iter().map(descriptor).collect::<Vec<_>>(),
+        });
+        let manifest = store(folder, MANIFEST, &manifest)?;
+        let index = json!({ "schemaVersion": 2, "manifests": [descriptor(&manifest)] });
+        fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#)?;
+        // Last, and moved into place: an image without it is not there.
+        fs::write(folder.join("index.json.new"), serde_json::to_vec(&index)?)?;
+        fs::rename(folder.join("index.json.new"), folder.join("index.json"))?;
+        Ok(Self { manifest, config, layers })
+    }
+
+    /// Opens an image that [`Image::assemble`] completed before.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let read = |path: &Path| -> Result<Value> {
+            let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))
+        };
+        let blob = |descriptor: &Value| -> Result<Blob> {
+            let text = |key: &str| descriptor[key].as_str().map(str::to_owned).with_context(|| format!("no {key}"));
+            let digest = text("digest")?;
+            let path = blob_folder(folder).join(digest.trim_start_matches("sha256:"));
+            Ok(Blob { size: descriptor["size"].as_u64().unwrap_or(0), media_type: text("mediaType")?, digest, path })
+        };
+        let index = read(&folder.join("index.json"))?;
+        let manifest = blob(&index["manifests"][0])?;
+        let contents = read(&manifest.path)?;
+        let layers = contents["layers"].as_array().into_iter().flatten().map(blob).collect::<Result<_>>()?;
+        Ok(Self { config: blob(&contents["config"])?, manifest, layers })
+    }
+
+    /// What must be in a registry before the manifest.
+    pub fn blobs(&self) -> impl Iterator<Item = &Blob> {
+        self.layers.iter().chain([&self.config])
+    }
+
+    /// Bytes of all layers as the registry stores them.
+    pub fn compressed_size(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.size).sum()
+    }
+}
+
+/// Where an image in `folder` keeps its blobs.
+pub fn blob_folder(folder: &Path) -> PathBuf {
+    folder.join("blobs/sha256")
+}
+
+fn store(folder: &Path, media_type: &str, value: &Value) -> Result<Blob> {
+    let bytes = serde_json::to_vec(value)?;
+    let hex = hex_of(&Sha256::digest(&bytes));
+    let path = blob_folder(folder).join(&hex);
+    fs::create_dir_all(blob_folder(folder))?;
+    fs::write(&path, &bytes).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(Blob { digest: format!("sha256:{hex}"), size: bytes.len() as u64, media_type: media_type.to_owned(), path })
+}
+
+fn hex_of(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}

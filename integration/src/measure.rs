@@ -1,0 +1,173 @@
+//! One timed container start.
+
+use std::io::{BufRead, BufReader, Read};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::network::{Link, Place};
+use crate::process::Usage;
+use crate::scene::{Node, Scene, drop_caches};
+
+/// How a start is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// containerd's own overlayfs snapshotter: everything is fetched and unpacked first.
+    Overlayfs,
+    /// Drover, with a seeder that never saw the image.
+    DroverNew,
+    /// Drover, with a seeder that has the image.
+    DroverKnown,
+}
+
+impl Way {
+    /// All, in the order in which they are shown.
+    pub const ALL: [Self; 3] = [Self::Overlayfs, Self::DroverNew, Self::DroverKnown];
+
+    /// Name in tables.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Overlayfs => "overlayfs, full pull",
+            Self::DroverNew => "Drover, seeder new to the image",
+            Self::DroverKnown => "Drover, seeder knows the image",
+        }
+    }
+
+    /// containerd's name of the snapshotter.
+    pub const fn snapshotter(self) -> &'static str {
+        match self {
+            Self::Overlayfs => "overlayfs",
+            Self::DroverNew | Self::DroverKnown => "drover",
+        }
+    }
+}
+
+/// What one start took. Byte counts are `None` where the network has no counters.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// From the start of the pull until the pull ended.
+    pub pull: Duration,
+    /// From the start of the pull to the first line of the container's own output.
+    pub first_line: Duration,
+    /// From the start of the pull until the container ended.
+    pub ended: Duration,
+    /// Bytes that had entered the node when the first line came.
+    pub node_bytes_first: Option<u64>,
+    /// Bytes that had entered the node when nothing more was fetched.
+    pub node_bytes_end: Option<u64>,
+    /// Bytes that the seeder had fetched from the registry by then.
+    pub seeder_bytes: Option<u64>,
+    /// The first line.
+    pub line: String,
+    /// What the node's daemon used: the snapshotter, or containerd for overlayfs.
+    pub node_usage: Usage,
+    /// What the seeder used.
+    pub seeder_usage: Usage,
+}
+
+/// An image and what to run in it.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// Image reference.
+    pub reference: String,
+    /// Program and arguments.
+    pub program: Vec<String>,
+}
+
+/// How long the first line may take before the start counts as failed.
+const FIRST_LINE_DEADLINE: Duration = Duration::from_secs(900);
+
+/// How long background fetching may take after the container ended.
+const FILL_DEADLINE: Duration = Duration::from_secs(900);
+
+/// Starts the subject's container once on a new node and measures it. The seeder's state is put right before: for
+/// [`Way::DroverKnown`] it must have ingested the image in an earlier start of this scene. With `to_the_end`, waits until the
+/// node has everything.
+pub fn start(scene: &mut Scene, way: Way, subject: &Subject, to_the_end: bool, say: &dyn Fn(&str)) -> Result<(Start, Node)> {
+    match way {
+        Way::Overlayfs => scene.stop_seeder(),
+        Way::DroverNew => scene.start_seeder(true)?,
+        Way::DroverKnown => scene.start_seeder(false)?,
+    }
+    let mut node = match way {
+        Way::Overlayfs => scene.plain_node()?,
+        Way::DroverNew | Way::DroverKnown => scene.drover_node("")?,
+    };
+    drop_caches();
+
+    let node_bytes = |scene: &Scene| scene.network.received(Place::Node, Link::Switch);
+    let seeder_bytes = |scene: &Scene| scene.network.received(Place::Seeder, Link::Direct);
+    let (node_before, seeder_before) = (node_bytes(scene)?, seeder_bytes(scene)?);
+    let since = |now: Option<u64>, before: Option<u64>| now.zip(before).map(|(now, before)| now.saturating_sub(before));
+
+    say("pulling");
+    let clock = Instant::now();
+    node.containerd().pull(&scene.network, way.snapshotter(), &subject.reference)?;
+    let pull = clock.elapsed();
+    say("starting the container");
+    let program: Vec<&str> = subject.program.iter().map(String::as_str).collect();
+    let mut command = node.containerd().container(&scene.network, way.snapshotter(), &subject.reference, "demo", &program);
+    let mut child = command.spawn().context("cannot start ctr")?;
+    let (stdout, stderr) = child.stdout.take().zip(child.stderr.take()).context("ctr has no output")?;
+    let errors = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = BufReader::new(stderr).take(1 << 16).read_to_string(&mut text);
+        text
+    });
+    // Reading in a thread, so that a container that never speaks is noticed.
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
+        let _ = sender.send((lines.next(), Instant::now()));
+        lines.count()
+    });
+    let (line, at) = receiver.recv_timeout(FIRST_LINE_DEADLINE).unwrap_or((None, Instant::now()));
+    let node_bytes_first = since(node_bytes(scene)?, node_before);
+    let first_line = at.duration_since(clock);
+    let Some(line) = line else {
+        let _ = child.kill();
+        let _ = child.wait();
+        bail!("the container printed nothing: {}", errors.join().unwrap_or_default().trim());
+    };
+    let status = child.wait().context("cannot wait for ctr")?;
+    let ended = clock.elapsed();
+    let _ = reader.join();
+    let errors = errors.join().unwrap_or_default();
+    if !status.success() {
+        bail!("the container failed ({status}): {}", errors.trim());
+    }
+    if to_the_end && way != Way::Overlayfs {
+        say("waiting until everything is here");
+        wait_until_complete(&mut node)?;
+    }
+    let result = Start {
+        pull,
+        first_line,
+        ended,
+        node_bytes_first,
+        node_bytes_end: since(node_bytes(scene)?, node_before),
+        seeder_bytes: since(seeder_bytes(scene)?, seeder_before),
+        line,
+        node_usage: match way {
+            Way::Overlayfs => node.containerd().daemon().usage(),
+            Way::DroverNew | Way::DroverKnown => node.snapshotter()?.daemon().usage(),
+        },
+        seeder_usage: scene.seeder.as_mut().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
+    };
+    Ok((result, node))
+}
+
+/// Waits until the node's snapshotter says that all its layers are complete.
+pub fn wait_until_complete(node: &mut Node) -> Result<()> {
+    let deadline = Instant::now() + FILL_DEADLINE;
+    loop {
+        let status = node.snapshotter()?.status()?;
+        if crate::drover::all_complete(&status) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("the image was not complete within {FILL_DEADLINE:?}: {status}");
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

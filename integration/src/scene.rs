@@ -1,0 +1,255 @@
+//! A registry, a seeder and nodes put together on one network.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::containerd::Containerd;
+use crate::drover::{Cluster, Seeder, Snapshotter};
+use crate::network::Network;
+use crate::process::{self, wait_for};
+use crate::registry::Registry;
+use crate::sandbox::Run;
+use crate::tools::{Tools, workspace};
+
+/// Everything but the nodes.
+#[derive(Debug)]
+pub struct Scene {
+    /// Programs.
+    pub tools: Tools,
+    /// Hosts, or the machine's own network.
+    pub network: Network,
+    /// The private registry; `None` for images of registries elsewhere.
+    pub registry: Option<Registry>,
+    /// The seeder, when one runs.
+    pub seeder: Option<Seeder>,
+    cluster: Option<Cluster>,
+    run: Run,
+    nodes: u32,
+}
+
+impl Scene {
+    /// Hosts of their own and a private registry, whose blobs are kept in `storage`.
+    pub fn private(run: &Run, tools: Tools, storage: &Path) -> Result<Self> {
+        let network = Network::hosts()?;
+        let registry = Registry::start(&tools, &network, storage)?;
+        Ok(Self { tools, network, registry: Some(registry), seeder: None, cluster: None, run: run.clone(), nodes: 0 })
+    }
+
+    /// The machine's own network, for images of registries elsewhere.
+    pub fn outside(run: &Run, tools: Tools) -> Self {
+        let network = Network::Machine;
+        Self { tools, network, registry: None, seeder: None, cluster: None, run: run.clone(), nodes: 0 }
+    }
+
+    /// Folder for state of this run.
+    pub fn folder(&self) -> &Path {
+        self.run.folder()
+    }
+
+    /// Starts the seeder; with `fresh`, on an empty store.
+    pub fn start_seeder(&mut self, fresh: bool) -> Result<()> {
+        self.stop_seeder();
+        let folder = self.run.folder().join("seeder");
+        if fresh && folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        }
+        let cluster = self.cluster()?;
+        self.seeder = Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, self.plain_registry().as_deref())?);
+        Ok(())
+    }
+
+    /// Stops the seeder, if one runs. Its store stays.
+    pub fn stop_seeder(&mut self) {
+        self.seeder = None;
+    }
+
+    /// A node with nothing on its disk, running containerd only.
+    pub fn plain_node(&mut self) -> Result<Node> {
+        self.node(None)
+    }
+
+    /// A node with nothing on its disk, running containerd and Drover. `extra` is added to the snapshotter's configuration.
+    pub fn drover_node(&mut self, extra: &str) -> Result<Node> {
+        self.node(Some(extra))
+    }
+
+    fn node(&mut self, drover: Option<&str>) -> Result<Node> {
+        self.nodes += 1;
+        let folder = self.run.folder().join(format!("node-{}", self.nodes));
+        let sockets = PathBuf::from(format!("/run/lab-{}", self.nodes));
+        for path in [&folder, &sockets] {
+            fs::create_dir_all(path).with_context(|| format!("cannot create {}", path.display()))?;
+        }
+        let containerd_socket = sockets.join("containerd.sock");
+        let plain_registry = self.plain_registry();
+        // From here on the guard clears the node when a later step fails.
+        let mut node = Node { containerd: None, snapshotter: None, folder, containerd_socket };
+        let mut drop_in = None;
+        if let Some(extra) = drover {
+            let cluster = self.cluster()?;
+            // A node starts whether there is a seeder or not.
+            let seeder = format!("{}:7070", self.network.address(crate::network::Place::Seeder));
+            let snapshotter = Snapshotter::start(
+                &self.tools,
+                &self.network,
+                &cluster,
+                &node.folder.join("drover"),
+                &sockets,
+                &node.containerd_socket,
+                &seeder,
+                plain_registry.as_deref(),
+                extra,
+            )?;
+            drop_in = Some(our_drop_in(&snapshotter)?);
+            node.snapshotter = Some(snapshotter);
+        }
+        node.containerd = Some(Containerd::start(
+            &self.tools,
+            &self.network,
+            &node.folder.join("containerd"),
+            &node.containerd_socket,
+            drop_in.as_deref(),
+            plain_registry.as_deref(),
+            &self.run.control_group(),
+        )?);
+        Ok(node)
+    }
+
+    fn plain_registry(&self) -> Option<String> {
+        self.registry.as_ref().map(Registry::host)
+    }
+
+    fn cluster(&mut self) -> Result<Cluster> {
+        if let Some(cluster) = &self.cluster {
+            return Ok(cluster.clone());
+        }
+        let cluster = Cluster::create(&self.tools, &self.network, &self.run.folder().join("certificates"))?;
+        Ok(self.cluster.insert(cluster).clone())
+    }
+}
+
+/// A machine with containerd, and with Drover where it was asked for. Dropping it stops everything on it and removes its disk.
+#[derive(Debug)]
+pub struct Node {
+    containerd: Option<Containerd>,
+    snapshotter: Option<Snapshotter>,
+    folder: PathBuf,
+    containerd_socket: PathBuf,
+}
+
+impl Node {
+    /// Its containerd.
+    ///
+    /// # Panics
+    /// Never: a node without containerd is not given out.
+    pub fn containerd(&mut self) -> &mut Containerd {
+        self.containerd.as_mut().expect("every node has a containerd")
+    }
+
+    /// Its snapshotter.
+    pub fn snapshotter(&mut self) -> Result<&mut Snapshotter> {
+        self.snapshotter.as_mut().context("this node runs no snapshotter")
+    }
+
+    /// Where its state is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Mounts the file tree of an image's snapshot read-only at `target`.
+    pub fn mount_image(&mut self, network: &Network, snapshotter: &str, reference: &str, target: &Path) -> Result<()> {
+        fs::create_dir_all(target)?;
+        let mut command = self.containerd().ctr(network, &["image", "mount", "--snapshotter", snapshotter, reference]);
+        process::run(command.arg(target))?;
+        Ok(())
+    }
+
+    /// Unmounts what [`Node::mount_image`] mounted and removes its snapshot.
+    pub fn unmount_image(&mut self, network: &Network, snapshotter: &str, target: &Path) -> Result<()> {
+        let mut command = self.containerd().ctr(network, &["image", "unmount", "--rm", "--snapshotter", snapshotter]);
+        process::run(command.arg(target))?;
+        Ok(())
+    }
+
+    fn clear(&mut self) -> Result<()> {
+        kill_shims(&self.containerd_socket);
+        self.containerd = None;
+        self.snapshotter = None;
+        unmount_below(&self.folder)?;
+        if std::env::var_os("DROVER_LAB_KEEP").is_none() {
+            fs::remove_dir_all(&self.folder).with_context(|| format!("cannot remove {}", self.folder.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // The sandbox takes the rest, if anything resists.
+        if let Err(error) = self.clear() {
+            eprintln!("cannot clear a node: {error:#}");
+        }
+    }
+}
+
+/// The drop-in of `contrib/containerd/` with this lab's paths.
+fn our_drop_in(snapshotter: &Snapshotter) -> Result<String> {
+    let path = workspace().join("contrib/containerd/drover-v3.toml");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (socket, root) = (snapshotter.socket().display().to_string(), snapshotter.root().display().to_string());
+    Ok(text.replace("/run/drover/drover.sock", &socket).replace("/var/lib/drover", &root))
+}
+
+/// Kills the shims of one containerd and the containers below them.
+fn kill_shims(socket: &Path) {
+    let socket = socket.display().to_string();
+    let shims = || -> Vec<u32> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let ours = processes.filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let mut arguments = line.split(|byte| *byte == 0);
+            let shim = arguments.next()?.ends_with(b"containerd-shim-runc-v2");
+            (shim && arguments.any(|argument| argument == socket.as_bytes())).then_some(pid)
+        });
+        ours.collect()
+    };
+    for shim in shims() {
+        for container in process::children(shim) {
+            let _ = kill(Pid::from_raw(container as i32), Signal::SIGKILL);
+        }
+        let _ = kill(Pid::from_raw(shim as i32), Signal::SIGKILL);
+    }
+    let _ = wait_for("the end of all shims", Duration::from_secs(10), || shims().is_empty());
+}
+
+/// Unmounts everything below `folder`, the latest mount first.
+fn unmount_below(folder: &Path) -> Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mount table")?;
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
+    let mut below: Vec<_> = points.filter(|point| point.starts_with(folder)).collect();
+    below.reverse();
+    for point in below {
+        umount2(&point, MntFlags::MNT_DETACH).with_context(|| format!("cannot unmount {}", point.display()))?;
+    }
+    Ok(())
+}
+
+/// Octal escapes of the mount table.
+fn unescape(text: &str) -> PathBuf {
+    let plain = ["\\040", "\\011", "\\012", "\\134"].iter().zip([" ", "\t", "\n", "\\"]);
+    plain.fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain)).into()
+}
+
+/// Makes the next run start as after a boot: nothing of the disk is in memory. Only tried: not every machine allows it.
+pub fn drop_caches() {
+    let _ = process::run(&mut Command::new("sync"));
+    let _ = fs::write("/proc/sys/vm/drop_caches", "3");
+}
