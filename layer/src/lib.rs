@@ -7,10 +7,12 @@
 //! - [`wire`]: how chunks travel.
 //! - [`tar`]: from the bytes of a device to its tree.
 //! - [`tree`]: all paths of a layer, in order, and what the layers below give it.
+//! - [`erofs`]: the metadata image that the kernel mounts over a device.
 
 pub mod chunk;
 pub mod digest;
 pub mod entry;
+pub mod erofs;
 pub mod index;
 pub mod tar;
 pub mod tree;
