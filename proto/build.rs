@@ -1,3 +1,5 @@
+//! Generates the gRPC code with protox, so that no `protoc` is needed.
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files =

@@ -1,0 +1,277 @@
+//! From an image reference to its layers: index, manifest, platform.
+
+use std::fmt;
+use std::str::FromStr;
+
+use layer::Digest;
+use oci_spec::distribution::Reference;
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, Platform};
+use serde::Deserialize;
+
+use super::client::{Client, Manifest, RegistryError};
+use crate::source::BlobRef;
+
+/// How many indexes may stand between a reference and its manifest: one is usual, an index of indexes is legal.
+const INDEX_DEPTH_MAX: usize = 3;
+/// The most layers of an image: overlayfs itself takes 500.
+const LAYERS_MAX: usize = 1024;
+
+/// A reference as users write it: `debian:13`, `registry.local:5000/team/app@sha256:…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageRef(Reference);
+
+/// A text is no image reference.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no image reference: {reason}")]
+pub struct ImageRefError {
+    text: String,
+    reason: String,
+}
+
+/// Why an image's layers cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The registry did not give a manifest.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A manifest or index cannot be read.
+    #[error("the manifest {digest} of {image} is wrong: {reason}")]
+    Manifest {
+        /// The image.
+        image: String,
+        /// Digest of the manifest or index.
+        digest: Digest,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The index has nothing for this machine.
+    #[error("{image} has no manifest for {platform}; it has {offered}")]
+    Platform {
+        /// The image.
+        image: String,
+        /// `linux/ARCH`.
+        platform: String,
+        /// What there is.
+        offered: String,
+    },
+}
+
+/// An image of one platform.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Digest of the platform's manifest.
+    pub manifest: Digest,
+    /// The layers, bottom first.
+    pub layers: Vec<BlobRef>,
+}
+
+impl FromStr for ImageRef {
+    type Err = ImageRefError;
+
+    fn from_str(text: &str) -> Result<Self, ImageRefError> {
+        let error = |reason: String| ImageRefError { text: text.chars().take(300).collect(), reason };
+        Reference::from_str(text).map(Self).map_err(|reason| error(reason.to_string()))
+    }
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.whole())
+    }
+}
+
+impl Client {
+    /// Resolves `image` to the layers of its manifest for Linux on `architecture` (OCI's name of it; see
+    /// [`host_architecture`]).
+    pub async fn image(&self, image: &ImageRef, architecture: &str) -> Result<Image, ImageError> {
+        let reference = &image.0;
+        let (registry, repository) = (reference.registry(), reference.repository());
+        let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
+        let mut found = self.manifest(registry, repository, wanted).await?;
+        for _ in 0..INDEX_DEPTH_MAX {
+            if !is_index(&found) {
+                return layers(image, &found);
+            }
+            let wrong = |reason: String| wrong(image, &found, reason);
+            let index = ImageIndex::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
+            let chosen = choose(index.manifests(), architecture).ok_or_else(|| ImageError::Platform {
+                image: image.to_string(),
+                platform: format!("linux/{architecture}"),
+                offered: offered(index.manifests()),
+            })?;
+            let digest = digest(chosen).map_err(wrong)?;
+            found = self.manifest(registry, repository, &digest.to_string()).await?;
+        }
+        Err(wrong(image, &found, format!("more than {INDEX_DEPTH_MAX} indexes in a row")))
+    }
+}
+
+/// OCI's name of this machine's architecture (the values of Go's `GOARCH`).
+pub const fn host_architecture() -> &'static str {
+    match std::env::consts::ARCH.as_bytes() {
+        b"x86_64" => "amd64",
+        b"aarch64" => "arm64",
+        b"x86" => "386",
+        b"powerpc64" => "ppc64le",
+        b"loongarch64" => "loong64",
+        _ => std::env::consts::ARCH,
+    }
+}
+
+fn wrong(image: &ImageRef, found: &Manifest, reason: String) -> ImageError {
+    ImageError::Manifest { image: image.to_string(), digest: found.digest, reason }
+}
+
+fn is_index(found: &Manifest) -> bool {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Typed {
+        media_type: Option<String>,
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    let typed: Typed = serde_json::from_slice(&found.bytes).unwrap_or(Typed { media_type: None, manifests: None });
+    let media_type = typed.media_type.as_deref().unwrap_or(&found.media_type);
+    match media_type {
+        "application/vnd.oci.image.index.v1+json" | "application/vnd.docker.distribution.manifest.list.v2+json" => true,
+        "application/vnd.oci.image.manifest.v1+json" | "application/vnd.docker.distribution.manifest.v2+json" => false,
+        _ => typed.manifests.is_some(),
+    }
+}
+
+fn layers(image: &ImageRef, found: &Manifest) -> Result<Image, ImageError> {
+    let wrong = |reason: String| wrong(image, found, reason);
+    let manifest = ImageManifest::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
+    if manifest.layers().len() > LAYERS_MAX {
+        return Err(wrong(format!("it has more than {LAYERS_MAX} layers")));
+    }
+    let blob = |descriptor: &Descriptor| -> Result<BlobRef, String> {
+        Ok(BlobRef {
+            registry: image.0.registry().to_owned(),
+            repository: image.0.repository().to_owned(),
+            digest: digest(descriptor)?,
+            size: descriptor.size(),
+            media_type: descriptor.media_type().to_string(),
+        })
+    };
+    let layers = manifest.layers().iter().map(blob).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
+    Ok(Image { manifest: found.digest, layers })
+}
+
+fn digest(descriptor: &Descriptor) -> Result<Digest, String> {
+    descriptor.digest().to_string().parse().map_err(|error: layer::digest::ParseDigestError| error.to_string())
+}
+
+/// The first manifest that containerd would choose on this machine: Linux, the architecture, and its baseline variant
+/// (containerd/platforms, `normalizeArch` and `platformVector`).
+fn choose<'a>(manifests: &'a [Descriptor], architecture: &str) -> Option<&'a Descriptor> {
+    let baseline: &[&str] = match architecture {
+        "amd64" => &["", "v1"],
+        "arm64" => &["", "v8"],
+        "arm" => &["", "v7", "v6", "v5"],
+        _ => &[""],
+    };
+    let fits = |platform: &Platform, variant: &str| {
+        platform.os().to_string() == "linux"
+            && platform.architecture().to_string() == architecture
+            && platform.variant().as_deref().unwrap_or_default() == variant
+    };
+    baseline.iter().find_map(|variant| {
+        manifests
+            .iter()
+            .find(|descriptor| descriptor.platform().as_ref().is_some_and(|platform| fits(platform, variant)))
+    })
+}
+
+fn offered(manifests: &[Descriptor]) -> String {
+    let name = |platform: &Platform| {
+        let variant = platform.variant().as_ref().map(|variant| format!("/{variant}")).unwrap_or_default();
+        format!("{}/{}{variant}", platform.os(), platform.architecture())
+    };
+    let names: Vec<String> =
+        manifests.iter().filter_map(|descriptor| descriptor.platform().as_ref().map(name)).take(32).collect();
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::fake::FakeRegistry;
+    use super::super::{Client, Options};
+    use super::*;
+
+    #[test]
+    fn references_are_docker_s() {
+        let parsed = |text: &str| -> ImageRef { text.parse().unwrap() };
+        assert_eq!(parsed("debian").to_string(), "docker.io/library/debian:latest");
+        assert_eq!(parsed("r.local:5000/a/b:1").0.registry(), "r.local:5000");
+        assert!("UPPER:case".parse::<ImageRef>().is_err());
+    }
+
+    fn descriptor(os: &str, architecture: &str, variant: Option<&str>) -> Descriptor {
+        let mut platform = json!({ "os": os, "architecture": architecture });
+        if let Some(variant) = variant {
+            platform["variant"] = json!(variant);
+        }
+        serde_json::from_value(json!({
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": Digest::of(format!("{os}{architecture}{variant:?}").as_bytes()).to_string(),
+            "size": 1,
+            "platform": platform,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn chooses_what_containerd_would() {
+        let manifests = [
+            descriptor("windows", "amd64", None),
+            descriptor("unknown", "unknown", None),
+            descriptor("linux", "amd64", Some("v3")),
+            descriptor("linux", "arm", Some("v6")),
+            descriptor("linux", "arm", Some("v7")),
+            descriptor("linux", "arm64", Some("v8")),
+            descriptor("linux", "amd64", None),
+        ];
+        let at = |architecture: &str| {
+            choose(&manifests, architecture).and_then(|found| manifests.iter().position(|one| one == found))
+        };
+        assert_eq!(at("amd64"), Some(6));
+        assert_eq!(at("arm64"), Some(5));
+        assert_eq!(at("arm"), Some(4));
+        assert_eq!(at("s390x"), None);
+    }
+
+    #[tokio::test]
+    async fn resolves_an_index_of_docker_s_types() {
+        let registry = FakeRegistry::start().await;
+        let blob = Digest::of(b"layer");
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": { "mediaType": "application/vnd.docker.container.image.v1+json", "size": 2,
+                "digest": Digest::of(b"{}").to_string() },
+            "layers": [{ "mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", "size": 5,
+                "digest": blob.to_string() }],
+        });
+        let inner =
+            registry.put_manifest("team/app", None, "application/vnd.docker.distribution.manifest.v2+json", &manifest);
+        let index = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.docker.distribution.manifest.list.v2+json",
+            "manifests": [{ "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "size": 1,
+                "digest": inner.to_string(), "platform": { "os": "linux", "architecture": "amd64" } }],
+        });
+        let list = "application/vnd.docker.distribution.manifest.list.v2+json";
+        registry.put_manifest("team/app", Some("1"), list, &index);
+        let client = Client::new(registry.config(), Options::default());
+        let image: ImageRef = format!("{}/team/app:1", registry.host()).parse().unwrap();
+        let resolved = client.image(&image, "amd64").await.unwrap();
+        assert_eq!(resolved.manifest, inner);
+        let layer = &resolved.layers[0];
+        assert_eq!((layer.digest, layer.size, layer.repository.as_str()), (blob, 5, "team/app"));
+        assert_eq!(layer.media_type, "application/vnd.docker.image.rootfs.diff.tar.gzip");
+        let error = client.image(&image, "s390x").await.unwrap_err().to_string();
+        assert!(error.contains("linux/s390x") && error.contains("linux/amd64"), "{error}");
+    }
+}
