@@ -10,6 +10,8 @@ use std::pin::Pin;
 
 use layer::{ChunkIndex, Digest};
 
+pub use swarm::SourceKind;
+
 /// A boxed future, for traits that are used as objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -34,17 +36,6 @@ impl fmt::Display for BlobRef {
     }
 }
 
-/// What sort of place a source is, nearest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum SourceKind {
-    /// Another node.
-    Peer,
-    /// A seeder.
-    Seeder,
-    /// The image's registry, which only gives whole spans of the blob.
-    Registry,
-}
-
 /// One place that may give chunks of one layer.
 pub trait Source: fmt::Debug + Send + Sync + 'static {
     /// Kind, for choice and for counters.
@@ -52,6 +43,12 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
 
     /// Name for logs and errors, like `seeder 10.0.0.5:7070`.
     fn label(&self) -> String;
+
+    /// The device ranges that the source moves whole, in order and without gaps, when it is asked for a part of one (the
+    /// spans of a registry's blob). Empty: any run costs just its own bytes.
+    fn units(&self) -> Vec<Range<u64>> {
+        Vec::new()
+    }
 
     /// Fetches the chunks of `run` and gives each to `sink` as soon as it is whole, in any order. More chunks than
     /// were asked for may come (a span of a blob holds many); a sink takes or drops them. Dropping the future cancels

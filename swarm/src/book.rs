@@ -1,0 +1,237 @@
+//! The books of one layer: which chunks are wanted, how urgently, and which fetches may bring them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use layer::{ChunkIndex, Geometry};
+
+use crate::swarm::{FetchId, Priority, SourceId};
+
+/// The wants of one layer.
+#[derive(Debug)]
+pub(crate) struct Book {
+    pub(crate) geometry: Geometry,
+    /// Sources and, for those that move whole units, the units' device ranges in order.
+    pub(crate) sources: BTreeMap<SourceId, Vec<Range<u64>>>,
+    pub(crate) fetches: BTreeSet<FetchId>,
+    wants: BTreeMap<u32, Want>,
+    /// Chunks that wait for a fetch, by priority in the order in which they were wanted.
+    queues: [BTreeSet<(u64, u32)>; 3],
+    /// Chunks that failed at their deadline.
+    pub(crate) failed: BTreeMap<u32, Failed>,
+}
+
+/// A wanted chunk.
+#[derive(Debug, Default)]
+pub(crate) struct Want {
+    wanted: [bool; 3],
+    /// Place in the queues; kept when a fetch fails.
+    order: u64,
+    pub(crate) place: Place,
+    pub(crate) deadline: Option<Duration>,
+    pub(crate) unpark_at: Option<Duration>,
+    pub(crate) expire_at: Option<Duration>,
+    /// What each source's last failure was.
+    pub(crate) reasons: BTreeMap<SourceId, Arc<str>>,
+    /// Sources that are not to be asked before a time.
+    pub(crate) avoid: BTreeMap<SourceId, Avoid>,
+}
+
+/// Where a wanted chunk is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Just made.
+    #[default]
+    Nowhere,
+    /// In the queue of that priority.
+    Queued(Priority),
+    /// No source can be asked now.
+    Parked,
+    /// A fetch may bring it.
+    Carried,
+}
+
+/// A source that did not have a chunk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avoid {
+    pub(crate) until: Duration,
+    pub(crate) attempts: u32,
+}
+
+/// A chunk that failed at its deadline.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) until: Option<Duration>,
+    pub(crate) reasons: Arc<[crate::swarm::Reason]>,
+}
+
+/// A transfer that runs.
+#[derive(Debug)]
+pub(crate) struct Fetch {
+    pub(crate) layer: crate::swarm::LayerKey,
+    pub(crate) source: SourceId,
+    pub(crate) run: Range<u32>,
+    /// The chunks that will come with it, `run` included.
+    pub(crate) cover: Range<u32>,
+    pub(crate) got: BTreeSet<u32>,
+    pub(crate) priority: Priority,
+    pub(crate) bytes: u64,
+    pub(crate) started: Duration,
+    pub(crate) last_progress: Duration,
+    pub(crate) hedge_at: Option<Duration>,
+    /// It asks a second time for what another fetch was late with.
+    pub(crate) is_hedge: bool,
+}
+
+impl Fetch {
+    pub(crate) fn carries(&self, chunk: u32) -> bool {
+        self.cover.contains(&chunk) && !self.got.contains(&chunk)
+    }
+}
+
+impl Want {
+    pub(crate) fn wants(&self, priority: Priority) -> bool {
+        let [demand, readahead, background] = self.wanted;
+        priority.choose(demand, readahead, background)
+    }
+
+    pub(crate) fn set_wanted(&mut self, priority: Priority, wanted: bool) {
+        let [demand, readahead, background] = &mut self.wanted;
+        *priority.choose(demand, readahead, background) = wanted;
+    }
+
+    /// The most urgent priority that it is wanted with.
+    pub(crate) fn priority(&self) -> Option<Priority> {
+        Priority::ALL.into_iter().find(|priority| self.wants(*priority))
+    }
+}
+
+impl Book {
+    pub(crate) fn new(geometry: Geometry) -> Self {
+        Self {
+            geometry,
+            sources: BTreeMap::new(),
+            fetches: BTreeSet::new(),
+            wants: BTreeMap::new(),
+            queues: Default::default(),
+            failed: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn want(&self, chunk: u32) -> Option<&Want> {
+        self.wants.get(&chunk)
+    }
+
+    pub(crate) fn want_mut(&mut self, chunk: u32) -> Option<&mut Want> {
+        self.wants.get_mut(&chunk)
+    }
+
+    pub(crate) fn want_or_new(&mut self, chunk: u32, order: u64) -> &mut Want {
+        self.wants.entry(chunk).or_insert_with(|| Want { order, ..Want::default() })
+    }
+
+    pub(crate) fn wants(&self, chunks: Range<u32>) -> impl Iterator<Item = (u32, &Want)> {
+        self.wants.range(chunks).map(|(chunk, want)| (*chunk, want))
+    }
+
+    /// Forgets a want and takes it out of its queue.
+    pub(crate) fn remove_want(&mut self, chunk: u32) -> Option<Want> {
+        self.place(chunk, Place::Nowhere);
+        self.wants.remove(&chunk)
+    }
+
+    /// Moves a wanted chunk to another place, keeping the queues true.
+    pub(crate) fn place(&mut self, chunk: u32, place: Place) {
+        let Some(want) = self.wants.get_mut(&chunk) else { return };
+        if want.place == place {
+            return;
+        }
+        if let Place::Queued(priority) = want.place {
+            queue(&mut self.queues, priority).remove(&(want.order, chunk));
+        }
+        if let Place::Queued(priority) = place {
+            queue(&mut self.queues, priority).insert((want.order, chunk));
+        }
+        want.place = place;
+    }
+
+    /// Chunks queued with `priority`, the oldest want first, with the order of their wants.
+    pub(crate) fn queued(
+        &self,
+        priority: Priority,
+    ) -> std::iter::Copied<std::collections::btree_set::Iter<'_, (u64, u32)>> {
+        let [demand, readahead, background] = &self.queues;
+        priority.choose(demand, readahead, background).iter().copied()
+    }
+
+    /// Whether `chunk` is wanted and waits for a fetch.
+    pub(crate) fn is_queued(&self, chunk: u32) -> bool {
+        self.wants.get(&chunk).is_some_and(|want| matches!(want.place, Place::Queued(_)))
+    }
+
+    /// Bytes of a run.
+    pub(crate) fn bytes(&self, run: &Range<u32>) -> u64 {
+        let start = self.geometry.range(ChunkIndex(run.start)).start;
+        let end = self.geometry.range(ChunkIndex(run.end)).start;
+        end.saturating_sub(start)
+    }
+
+    /// The chunks that come whole when `source` is asked for `run`: those of all units that `run` touches.
+    pub(crate) fn cover(&self, source: SourceId, run: &Range<u32>) -> Range<u32> {
+        let units = self.sources.get(&source).map(Vec::as_slice).unwrap_or_default();
+        let bytes = self.geometry.range(ChunkIndex(run.start)).start..self.geometry.range(ChunkIndex(run.end)).start;
+        let first = units.partition_point(|unit| unit.end <= bytes.start);
+        let last = units.partition_point(|unit| unit.start < bytes.end);
+        let (Some(first), Some(last)) = (units.get(first), last.checked_sub(1).and_then(|last| units.get(last))) else {
+            return run.clone();
+        };
+        let size = self.geometry.chunk_size();
+        let start = first.start.div_ceil(size).min(u64::from(run.start)) as u32;
+        let end = if last.end >= self.geometry.device_size() {
+            self.geometry.chunk_count()
+        } else {
+            (last.end / size) as u32
+        };
+        start..end.max(run.end)
+    }
+}
+
+fn queue(queues: &mut [BTreeSet<(u64, u32)>; 3], priority: Priority) -> &mut BTreeSet<(u64, u32)> {
+    let [demand, readahead, background] = queues;
+    priority.choose(demand, readahead, background)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_widen_a_run() {
+        let mut book = Book::new(Geometry::new(10 * 4096 + 100, 12).unwrap());
+        let (plain, units) = (SourceId(1), SourceId(2));
+        book.sources.insert(plain, Vec::new());
+        book.sources.insert(units, vec![0..10_000, 10_000..30_000, 30_000..41_060]);
+        assert_eq!(book.cover(plain, &(3..5)), 3..5);
+        // Chunk 0 and 1 are whole in the first unit; chunk 2 needs two units.
+        assert_eq!(book.cover(units, &(1..2)), 0..2);
+        assert_eq!(book.cover(units, &(2..3)), 0..7);
+        assert_eq!(book.cover(units, &(9..10)), 8..11);
+        assert_eq!(book.bytes(&(9..11)), 4096 + 100);
+    }
+
+    #[test]
+    fn queues_follow_places() {
+        let mut book = Book::new(Geometry::new(10 * 4096, 12).unwrap());
+        book.want_or_new(4, 1);
+        book.want_or_new(2, 2);
+        book.place(4, Place::Queued(Priority::Demand));
+        book.place(2, Place::Queued(Priority::Demand));
+        assert_eq!(book.queued(Priority::Demand).collect::<Vec<_>>(), [(1, 4), (2, 2)]);
+        book.place(4, Place::Carried);
+        book.remove_want(2);
+        assert_eq!(book.queued(Priority::Demand).count(), 0);
+        assert!(!book.is_queued(4));
+    }
+}

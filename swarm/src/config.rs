@@ -1,0 +1,97 @@
+//! The knobs of the swarm, each with the reason of its value.
+
+use std::time::Duration;
+
+use crate::swarm::Priority;
+
+/// How the swarm behaves. The defaults are for one node on a link of 100 Mbit/s to 10 Gbit/s.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// How long a chunk that failed at its deadline fails at once for everyone who asks again. The kernel retries a failed
+    /// read several times (DESIGN, decision 4); shorter than those retries take, each would wait a whole deadline again.
+    pub failed_hold: Duration,
+    /// The first rest of a source after blame; doubled with each further one.
+    pub rest_min: Duration,
+    /// The longest rest of a source.
+    pub rest_max: Duration,
+    /// The longest rest of a source when somebody waits: a source that is back must be noticed well within a deadline.
+    pub demand_rest_max: Duration,
+    /// How long a source is not asked again for a chunk that it did not have; doubled each time.
+    pub missing_pause_min: Duration,
+    /// The longest such pause.
+    pub missing_pause_max: Duration,
+    /// How long a demand fetch may make no progress before its chunks are asked elsewhere too, while nothing is learned
+    /// about its source.
+    pub hedge_after: Duration,
+    /// The learned limit stays within `hedge_after_min..=hedge_after_max`.
+    pub hedge_after_min: Duration,
+    /// See `hedge_after_min`.
+    pub hedge_after_max: Duration,
+    /// Most hedging fetches at the same time: where many fetches are late, the network is slow and more load harms.
+    pub hedges_max: usize,
+    /// Most bytes of one run for demand and readahead.
+    pub demand_run_bytes: u64,
+    /// Most bytes of one run for background. Small, since demand that arrives meanwhile shares the link with it.
+    pub background_run_bytes: u64,
+    /// The same at a source that moves whole units (spans of a registry's blob): both ends of a run move a unit that is only
+    /// used in part, so runs are longer.
+    pub background_run_bytes_units: u64,
+    /// Most bytes in flight at one source: all, without demand's reserve, and background alone (by `Priority`). A
+    /// single fetch that is larger goes alone.
+    pub in_flight_bytes_max: [u64; 3],
+    /// Most fetches in flight at one source, in the same way.
+    pub in_flight_fetches_max: [usize; 3],
+    /// Background starts only when no demand was wanted or delivered for so long: a starting container reads in bursts.
+    pub quiet: Duration,
+    /// Background leaves a nearer kind of source for a farther one only when the nearer ones failed for so long.
+    pub background_fallback_after: Duration,
+    /// A readahead that found no source for so long is forgotten: nobody may need it any more.
+    pub readahead_expiry: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            failed_hold: Duration::from_secs(5),
+            rest_min: Duration::from_millis(250),
+            rest_max: Duration::from_secs(30),
+            demand_rest_max: Duration::from_secs(2),
+            missing_pause_min: Duration::from_millis(50),
+            missing_pause_max: Duration::from_secs(1),
+            hedge_after: Duration::from_millis(500),
+            hedge_after_min: Duration::from_millis(100),
+            hedge_after_max: Duration::from_secs(5),
+            hedges_max: 4,
+            demand_run_bytes: 1 << 20,
+            background_run_bytes: 1 << 20,
+            background_run_bytes_units: 16 << 20,
+            in_flight_bytes_max: [16 << 20, 8 << 20, 4 << 20],
+            in_flight_fetches_max: [16, 8, 3],
+            quiet: Duration::from_secs(1),
+            background_fallback_after: Duration::from_secs(10),
+            readahead_expiry: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn in_flight_bytes_max(&self, priority: Priority) -> u64 {
+        let [demand, readahead, background] = self.in_flight_bytes_max;
+        priority.choose(demand, readahead, background)
+    }
+
+    pub(crate) fn in_flight_fetches_max(&self, priority: Priority) -> usize {
+        let [demand, readahead, background] = self.in_flight_fetches_max;
+        priority.choose(demand, readahead, background)
+    }
+
+    /// `attempt` counts from 1.
+    pub(crate) fn missing_pause(&self, attempt: u32) -> Duration {
+        doubled(self.missing_pause_min, attempt).min(self.missing_pause_max)
+    }
+}
+
+/// `first` doubled `attempt - 1` times.
+pub(crate) fn doubled(first: Duration, attempt: u32) -> Duration {
+    first.saturating_mul(1 << attempt.saturating_sub(1).min(16))
+}

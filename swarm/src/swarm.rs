@@ -1,0 +1,664 @@
+//! The calls of the core. See the crate's documentation for their contract.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use layer::Geometry;
+
+use crate::book::{Avoid, Book, Failed, Fetch, Place};
+use crate::config::Config;
+use crate::picker::{self, Choice};
+use crate::source::Source;
+use crate::timer::{Timer, Timers};
+
+/// A layer, as the owner numbers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LayerKey(pub u64);
+
+/// A source, as the owner numbers them: one machine is one source for all its layers, so that its limits and rests are
+/// the machine's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SourceId(pub u64);
+
+/// A fetch, numbered by the swarm and never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FetchId(pub u64);
+
+/// What sort of place a source is, nearest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum SourceKind {
+    /// Another node.
+    Peer,
+    /// A seeder.
+    Seeder,
+    /// The image's registry, which only gives whole spans of the blob.
+    Registry,
+}
+
+/// Why a chunk is wanted, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Somebody waits for it.
+    Demand,
+    /// Somebody will probably wait for it soon.
+    Readahead,
+    /// The layer is to become complete.
+    Background,
+}
+
+/// What the owner has to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Ask `source` for the chunks of `run`.
+    Fetch {
+        /// Names the transfer in later calls.
+        fetch: FetchId,
+        /// Of which layer.
+        layer: LayerKey,
+        /// Whom.
+        source: SourceId,
+        /// What; never empty.
+        run: Range<u32>,
+        /// Why, for counters.
+        priority: Priority,
+        /// The chunks are on their way from another source that is late.
+        is_hedge: bool,
+    },
+    /// Stop a transfer; nobody needs it any more.
+    Cancel {
+        /// Which.
+        fetch: FetchId,
+    },
+    /// Fail everyone who waits for the chunk now: its deadline expired, or did so a moment ago.
+    Fail {
+        /// Of which layer.
+        layer: LayerKey,
+        /// Which.
+        chunk: u32,
+        /// What happened with each source; empty where there was none.
+        reasons: Arc<[Reason]>,
+    },
+}
+
+/// Why a source did not give a chunk in time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason {
+    /// Whom was asked.
+    pub source: SourceId,
+    /// Its last failure; `None`: it was asked and did not answer in time.
+    pub failure: Option<Arc<str>>,
+}
+
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The chunk; it is here now.
+    Verified,
+    /// Something else.
+    Wrong,
+}
+
+/// How a fetch ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every chunk of the run was given.
+    Done,
+    /// The source does not have it, or not yet; it is not at fault.
+    Missing {
+        /// For [`Reason::failure`].
+        reason: Arc<str>,
+    },
+    /// The source is at fault and rests.
+    Failed {
+        /// For [`Reason::failure`].
+        reason: Arc<str>,
+        /// When the source asked to be called again.
+        retry_after: Option<Duration>,
+    },
+}
+
+/// All layers' wants, and who is asked for them.
+#[derive(Debug)]
+pub struct Swarm {
+    config: Config,
+    random: u64,
+    now: Duration,
+    books: BTreeMap<LayerKey, Book>,
+    sources: BTreeMap<SourceId, Source>,
+    fetches: BTreeMap<FetchId, Fetch>,
+    timers: Timers,
+    actions: VecDeque<Action>,
+    next_fetch: u64,
+    next_order: u64,
+    hedges: usize,
+    last_demand: Option<Duration>,
+}
+
+impl Priority {
+    /// All, most urgent first.
+    pub const ALL: [Self; 3] = [Self::Demand, Self::Readahead, Self::Background];
+
+    pub(crate) fn choose<T>(self, demand: T, readahead: T, background: T) -> T {
+        match self {
+            Self::Demand => demand,
+            Self::Readahead => readahead,
+            Self::Background => background,
+        }
+    }
+}
+
+impl Swarm {
+    /// Without layers. `seed` spreads the rests of sources: nodes with the same trouble should not return together.
+    pub fn new(config: Config, seed: u64) -> Self {
+        Self {
+            config,
+            random: seed,
+            now: Duration::ZERO,
+            books: BTreeMap::new(),
+            sources: BTreeMap::new(),
+            fetches: BTreeMap::new(),
+            timers: Timers::default(),
+            actions: VecDeque::new(),
+            next_fetch: 0,
+            next_order: 0,
+            hedges: 0,
+            last_demand: None,
+        }
+    }
+
+    /// Takes a layer in; one that is known stays as it is.
+    pub fn add_layer(&mut self, layer: LayerKey, geometry: Geometry) {
+        self.books.entry(layer).or_insert_with(|| Book::new(geometry));
+    }
+
+    /// Forgets a layer with its wants, which do not fail: the owner tells who waits.
+    pub fn remove_layer(&mut self, layer: LayerKey) {
+        let Some(book) = self.books.get(&layer) else { return };
+        for fetch in book.fetches.clone() {
+            self.cancel_fetch(fetch);
+        }
+        let Some(book) = self.books.get(&layer) else { return };
+        let wanted: Vec<u32> = book.wants(0..u32::MAX).map(|(chunk, _)| chunk).collect();
+        let failed: Vec<u32> = book.failed.keys().copied().collect();
+        let sources: Vec<SourceId> = book.sources.keys().copied().collect();
+        for chunk in wanted {
+            self.forget_want(layer, chunk);
+        }
+        for chunk in failed {
+            self.forgive(layer, chunk);
+        }
+        for source in sources {
+            self.remove_source(layer, source);
+        }
+        self.books.remove(&layer);
+    }
+
+    /// Says that `source` has the layer. `units` are the device ranges that it moves whole, in order and without gaps;
+    /// empty where any run costs just its own bytes.
+    pub fn add_source(&mut self, layer: LayerKey, source: SourceId, kind: SourceKind, units: Vec<Range<u64>>) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        if book.sources.insert(source, units).is_none() {
+            self.sources.entry(source).or_insert_with(|| Source::new(kind)).layers += 1;
+        }
+        let parked: Vec<u32> =
+            book.wants(0..u32::MAX).filter(|(_, want)| want.place == Place::Parked).map(|(chunk, _)| chunk).collect();
+        for chunk in parked {
+            self.enqueue(layer, chunk);
+        }
+    }
+
+    /// Says that `source` does not have the layer any more; its fetches are cancelled.
+    pub fn remove_source(&mut self, layer: LayerKey, source: SourceId) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        if book.sources.remove(&source).is_none() {
+            return;
+        }
+        for fetch in book.fetches.clone() {
+            if self.fetches.get(&fetch).is_some_and(|fetch| fetch.source == source) {
+                self.cancel_fetch(fetch);
+            }
+        }
+        if let Some(state) = self.sources.get_mut(&source) {
+            state.layers -= 1;
+            if state.layers == 0 {
+                self.sources.remove(&source);
+            }
+        }
+    }
+
+    /// Wants the chunks of `run`, which must be missing. Demand fails at `deadline` if nothing else happens (the earliest
+    /// one that a chunk was ever wanted with counts for all who wait), and at once for a chunk that failed within
+    /// [`Config::failed_hold`]. Other priorities have no deadline.
+    pub fn want(&mut self, now: Duration, layer: LayerKey, run: Range<u32>, priority: Priority, deadline: Duration) {
+        self.now = self.now.max(now);
+        let Some(book) = self.books.get(&layer) else { return };
+        for chunk in run.start..run.end.min(book.geometry.chunk_count()) {
+            self.want_chunk(layer, chunk, priority, deadline);
+        }
+    }
+
+    /// Nobody wants the chunks of `run` with this priority any more.
+    pub fn cancel_want(&mut self, layer: LayerKey, run: Range<u32>, priority: Priority) {
+        let Some(book) = self.books.get(&layer) else { return };
+        let chunks: Vec<u32> = book.wants(run).map(|(chunk, _)| chunk).collect();
+        for chunk in chunks {
+            self.unwant(layer, chunk, priority);
+        }
+    }
+
+    /// A fetch gave a chunk, asked for or not.
+    pub fn on_chunk(&mut self, now: Duration, fetch: FetchId, chunk: u32, verdict: Verdict) {
+        self.now = self.now.max(now);
+        let Some(transfer) = self.fetches.get_mut(&fetch) else { return };
+        let layer = transfer.layer;
+        match verdict {
+            Verdict::Verified => {
+                let gap = self.now.saturating_sub(transfer.last_progress);
+                transfer.last_progress = self.now;
+                transfer.got.insert(chunk);
+                if let Some(source) = self.sources.get_mut(&transfer.source) {
+                    source.progress(self.now, gap);
+                }
+                self.arm_hedge(fetch);
+                self.on_here(layer, chunk);
+            }
+            Verdict::Wrong => {
+                let source = transfer.source;
+                self.note_failure(layer, chunk, source, "sent a wrong chunk".into(), true);
+            }
+        }
+    }
+
+    /// A chunk came in another way than by a fetch.
+    pub fn on_here(&mut self, layer: LayerKey, chunk: u32) {
+        self.forgive(layer, chunk);
+        let Some(want) = self.forget_want(layer, chunk) else { return };
+        if want.wants(Priority::Demand) {
+            self.last_demand = Some(self.now);
+        }
+        // What else was to bring it may be of no use any more.
+        let Some(book) = self.books.get(&layer) else { return };
+        for id in book.fetches.clone() {
+            let Some(fetch) = self.fetches.get(&id) else { continue };
+            let is_useless = fetch.carries(chunk)
+                && self.books.get(&layer).is_some_and(|book| book.wants(fetch.cover.clone()).next().is_none());
+            if is_useless {
+                self.cancel_fetch(id);
+            }
+        }
+    }
+
+    /// A fetch ended, by itself or cancelled.
+    pub fn on_end(&mut self, now: Duration, fetch: FetchId, outcome: Outcome) {
+        self.now = self.now.max(now);
+        let Some(ended) = self.remove_fetch(fetch) else { return };
+        let (layer, source) = (ended.layer, ended.source);
+        let (reason, is_missing) = match outcome {
+            Outcome::Done if ended.run.clone().all(|chunk| !ended.carries(chunk)) => (None, false),
+            Outcome::Done => {
+                self.blame(source, None);
+                (Some("ended before everything was sent".into()), false)
+            }
+            Outcome::Missing { reason } => (Some(reason), true),
+            Outcome::Failed { reason, retry_after } => {
+                self.blame(source, retry_after);
+                (Some(reason), false)
+            }
+        };
+        let Some(book) = self.books.get(&layer) else { return };
+        let undelivered: Vec<u32> =
+            book.wants(ended.cover.clone()).map(|(chunk, _)| chunk).filter(|chunk| ended.carries(*chunk)).collect();
+        for chunk in undelivered {
+            if let Some(reason) = &reason
+                && ended.run.contains(&chunk)
+            {
+                self.note_failure(layer, chunk, source, reason.clone(), is_missing);
+            }
+            self.enqueue(layer, chunk);
+        }
+    }
+
+    /// Does what is due.
+    pub fn handle_timeout(&mut self, now: Duration) {
+        self.now = self.now.max(now);
+        while let Some(timer) = self.timers.pop_due(self.now) {
+            match timer {
+                Timer::Deadline(layer, chunk) => self.expire_demand(layer, chunk),
+                Timer::Unpark(layer, chunk) => {
+                    if let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) {
+                        want.unpark_at = None;
+                    }
+                    self.enqueue(layer, chunk);
+                }
+                Timer::Forgive(layer, chunk) => {
+                    if let Some(book) = self.books.get_mut(&layer) {
+                        book.failed.remove(&chunk);
+                    }
+                }
+                Timer::Hedge(fetch) => {
+                    if let Some(fetch) = self.fetches.get_mut(&fetch) {
+                        fetch.hedge_at = None;
+                    }
+                    self.hedge(fetch);
+                }
+                Timer::Expire(layer, chunk) => {
+                    if let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) {
+                        want.expire_at = None;
+                        let carried = want.place == Place::Carried;
+                        if !carried {
+                            self.unwant(layer, chunk, Priority::Readahead);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next thing to do at `now`, if there is any.
+    pub fn poll_action(&mut self, now: Duration) -> Option<Action> {
+        self.now = self.now.max(now);
+        if self.actions.is_empty() {
+            self.start_one();
+        }
+        self.actions.pop_front()
+    }
+
+    /// When [`Swarm::handle_timeout`] has to be called if nothing happens before.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        let quiet_at = self.last_demand.map(|last| last + self.config.quiet).filter(|at| {
+            *at > self.now && self.books.values().any(|book| book.queued(Priority::Background).next().is_some())
+        });
+        self.timers.next().into_iter().chain(quiet_at).min()
+    }
+
+    /// Bytes of wanted background chunks, which the owner keeps bounded.
+    pub fn background_bytes(&self) -> u64 {
+        self.books
+            .values()
+            .map(|book| {
+                let wanted = book.wants(0..u32::MAX).filter(|(_, want)| want.wants(Priority::Background)).count();
+                wanted as u64 * book.geometry.chunk_size()
+            })
+            .sum()
+    }
+
+    /// Whether demand is wanted, or was within [`Config::quiet`].
+    pub fn is_quiet(&self, now: Duration) -> bool {
+        self.last_demand.is_none_or(|last| now.saturating_sub(last) >= self.config.quiet)
+            && !self.fetches.values().any(|fetch| fetch.priority == Priority::Demand)
+    }
+
+    fn want_chunk(&mut self, layer: LayerKey, chunk: u32, priority: Priority, deadline: Duration) {
+        let order = self.next_order;
+        self.next_order += 1;
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        if priority == Priority::Demand {
+            self.last_demand = Some(self.now);
+            if let Some(failed) = book.failed.get(&chunk) {
+                self.actions.push_back(Action::Fail { layer, chunk, reasons: failed.reasons.clone() });
+                return;
+            }
+        }
+        let want = book.want_or_new(chunk, order);
+        want.set_wanted(priority, true);
+        match priority {
+            Priority::Demand => {
+                let at = want.deadline.map_or(deadline, |before| before.min(deadline));
+                self.timers.set(&mut want.deadline, Some(at), Timer::Deadline(layer, chunk));
+            }
+            Priority::Readahead => {
+                let at = self.now + self.config.readahead_expiry;
+                self.timers.set(&mut want.expire_at, Some(at), Timer::Expire(layer, chunk));
+            }
+            Priority::Background => {}
+        }
+        // A parked chunk stays parked unless it became urgent: demand may ask a resting source sooner.
+        if want.place != Place::Parked || priority == Priority::Demand {
+            self.enqueue(layer, chunk);
+        }
+    }
+
+    fn unwant(&mut self, layer: LayerKey, chunk: u32, priority: Priority) {
+        let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) else { return };
+        want.set_wanted(priority, false);
+        match priority {
+            Priority::Demand => self.timers.set(&mut want.deadline, None, Timer::Deadline(layer, chunk)),
+            Priority::Readahead => self.timers.set(&mut want.expire_at, None, Timer::Expire(layer, chunk)),
+            Priority::Background => {}
+        }
+        if want.priority().is_none() {
+            self.forget_want(layer, chunk);
+        } else if matches!(want.place, Place::Queued(_)) {
+            self.enqueue(layer, chunk);
+        }
+    }
+
+    /// Puts a wanted chunk where it belongs: to a fetch that carries it, else into the queue of its priority.
+    fn enqueue(&mut self, layer: LayerKey, chunk: u32) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let Some(priority) = book.want(chunk).and_then(|want| want.priority()) else { return };
+        let carriers: Vec<FetchId> = book
+            .fetches
+            .iter()
+            .copied()
+            .filter(|id| self.fetches.get(id).is_some_and(|fetch| fetch.carries(chunk)))
+            .collect();
+        if let Some(want) = book.want_mut(chunk) {
+            self.timers.set(&mut want.unpark_at, None, Timer::Unpark(layer, chunk));
+        }
+        book.place(chunk, if carriers.is_empty() { Place::Queued(priority) } else { Place::Carried });
+        for id in carriers {
+            self.raise(id, priority);
+        }
+    }
+
+    /// A fetch counts for the most urgent of what it carries.
+    fn raise(&mut self, id: FetchId, priority: Priority) {
+        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        if priority < fetch.priority {
+            if let Some(source) = self.sources.get_mut(&fetch.source) {
+                source.end(fetch.priority, fetch.bytes);
+                source.start(priority, fetch.bytes);
+            }
+            fetch.priority = priority;
+            self.arm_hedge(id);
+        }
+    }
+
+    fn park(&mut self, layer: LayerKey, chunk: u32, until: Option<Duration>) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        book.place(chunk, Place::Parked);
+        if let Some(want) = book.want_mut(chunk) {
+            self.timers.set(&mut want.unpark_at, until, Timer::Unpark(layer, chunk));
+        }
+    }
+
+    /// Starts at most one fetch: the most urgent queued chunk that can be asked for, the oldest among equals.
+    fn start_one(&mut self) {
+        for priority in Priority::ALL {
+            if priority == Priority::Background && !self.is_quiet(self.now) {
+                return;
+            }
+            let mut heads: Vec<(u64, LayerKey)> =
+                self.books.iter().filter_map(|(layer, book)| Some((book.queued(priority).next()?.0, *layer))).collect();
+            heads.sort_unstable();
+            for (_, layer) in heads {
+                if self.start_for(layer, priority) {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn start_for(&mut self, layer: LayerKey, priority: Priority) -> bool {
+        // All sources of a layer have all of it, so the first busy answer holds for the rest of the queue.
+        while let Some(book) = self.books.get(&layer)
+            && let Some((_, chunk)) = book.queued(priority).next()
+        {
+            match picker::choose(&self.config, &self.sources, book, self.now, chunk, priority, None) {
+                Choice::Fetch { source, run } => {
+                    self.start(layer, source, run, priority, false);
+                    return true;
+                }
+                Choice::Busy => return false,
+                Choice::Park(until) => self.park(layer, chunk, until),
+            }
+        }
+        false
+    }
+
+    fn start(&mut self, layer: LayerKey, source: SourceId, run: Range<u32>, priority: Priority, is_hedge: bool) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let cover = book.cover(source, &run);
+        let bytes = book.bytes(&cover);
+        let carried: Vec<u32> = book.wants(cover.clone()).map(|(chunk, _)| chunk).collect();
+        let urgent = carried.iter().filter_map(|chunk| book.want(*chunk)?.priority()).min();
+        let id = FetchId(self.next_fetch);
+        self.next_fetch += 1;
+        book.fetches.insert(id);
+        let priority = priority.min(urgent.unwrap_or(priority));
+        let fetch = Fetch {
+            layer,
+            source,
+            run: run.clone(),
+            cover,
+            got: Default::default(),
+            priority,
+            bytes,
+            started: self.now,
+            last_progress: self.now,
+            hedge_at: None,
+            is_hedge,
+        };
+        self.fetches.insert(id, fetch);
+        self.hedges += usize::from(is_hedge);
+        if let Some(source) = self.sources.get_mut(&source) {
+            source.start(priority, bytes);
+        }
+        for chunk in carried {
+            self.enqueue(layer, chunk);
+        }
+        self.arm_hedge(id);
+        self.actions.push_back(Action::Fetch { fetch: id, layer, source, run, priority, is_hedge });
+    }
+
+    fn remove_fetch(&mut self, id: FetchId) -> Option<Fetch> {
+        let mut fetch = self.fetches.remove(&id)?;
+        self.timers.set(&mut fetch.hedge_at, None, Timer::Hedge(id));
+        self.hedges -= usize::from(fetch.is_hedge);
+        if let Some(book) = self.books.get_mut(&fetch.layer) {
+            book.fetches.remove(&id);
+        }
+        if let Some(source) = self.sources.get_mut(&fetch.source) {
+            source.end(fetch.priority, fetch.bytes);
+        }
+        Some(fetch)
+    }
+
+    fn cancel_fetch(&mut self, id: FetchId) {
+        let Some(fetch) = self.remove_fetch(id) else { return };
+        self.actions.push_back(Action::Cancel { fetch: id });
+        let Some(book) = self.books.get(&fetch.layer) else { return };
+        let wanted: Vec<u32> = book.wants(fetch.cover.clone()).map(|(chunk, _)| chunk).collect();
+        for chunk in wanted {
+            self.enqueue(fetch.layer, chunk);
+        }
+    }
+
+    fn arm_hedge(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        let after = self.sources.get(&fetch.source).map(|source| source.hedge_after(&self.config, self.now));
+        let at = after.filter(|_| fetch.priority == Priority::Demand && !fetch.is_hedge).map(|after| self.now + after);
+        self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
+    }
+
+    /// Asks another source for the demanded chunks that a fetch is late with.
+    fn hedge(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get(&id) else { return };
+        let Some(book) = self.books.get(&fetch.layer) else { return };
+        let (layer, late) = (fetch.layer, fetch.source);
+        let is_alone = |chunk: u32| {
+            book.want(chunk).is_some_and(|want| want.wants(Priority::Demand))
+                && book.fetches.iter().filter_map(|id| self.fetches.get(id)).filter(|f| f.carries(chunk)).count() == 1
+        };
+        let first = fetch.cover.clone().find(|chunk| fetch.carries(*chunk) && is_alone(*chunk));
+        if let Some(first) = first
+            && self.hedges < self.config.hedges_max
+            && let Choice::Fetch { source, .. } =
+                picker::choose(&self.config, &self.sources, book, self.now, first, Priority::Demand, Some(late))
+        {
+            let end = (first..fetch.cover.end).take_while(|chunk| fetch.carries(*chunk) && is_alone(*chunk)).count();
+            self.start(layer, source, first..first + end as u32, Priority::Demand, true);
+        }
+        self.arm_hedge(id);
+    }
+
+    fn expire_demand(&mut self, layer: LayerKey, chunk: u32) {
+        let now = self.now;
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let silent: Vec<SourceId> = book
+            .fetches
+            .iter()
+            .filter_map(|id| self.fetches.get(id))
+            .filter(|fetch| fetch.carries(chunk) && fetch.started < now)
+            .map(|fetch| fetch.source)
+            .collect();
+        let Some(want) = book.want_mut(chunk) else { return };
+        want.deadline = None;
+        let mut reasons: BTreeMap<SourceId, Option<Arc<str>>> =
+            std::mem::take(&mut want.reasons).into_iter().map(|(source, failure)| (source, Some(failure))).collect();
+        for source in silent {
+            reasons.entry(source).or_insert(None);
+        }
+        let reasons: Arc<[Reason]> = reasons.into_iter().map(|(source, failure)| Reason { source, failure }).collect();
+        let mut failed = Failed { until: None, reasons: reasons.clone() };
+        self.timers.set(&mut failed.until, Some(now + self.config.failed_hold), Timer::Forgive(layer, chunk));
+        book.failed.insert(chunk, failed);
+        self.unwant(layer, chunk, Priority::Demand);
+        self.actions.push_back(Action::Fail { layer, chunk, reasons });
+    }
+
+    fn forgive(&mut self, layer: LayerKey, chunk: u32) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        if let Some(mut failed) = book.failed.remove(&chunk) {
+            self.timers.set(&mut failed.until, None, Timer::Forgive(layer, chunk));
+        }
+    }
+
+    fn forget_want(&mut self, layer: LayerKey, chunk: u32) -> Option<crate::book::Want> {
+        let mut want = self.books.get_mut(&layer)?.remove_want(chunk)?;
+        self.timers.set(&mut want.deadline, None, Timer::Deadline(layer, chunk));
+        self.timers.set(&mut want.unpark_at, None, Timer::Unpark(layer, chunk));
+        self.timers.set(&mut want.expire_at, None, Timer::Expire(layer, chunk));
+        Some(want)
+    }
+
+    fn note_failure(&mut self, layer: LayerKey, chunk: u32, source: SourceId, reason: Arc<str>, avoid: bool) {
+        let now = self.now;
+        let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) else { return };
+        want.reasons.insert(source, reason);
+        if avoid {
+            let attempts = want.avoid.get(&source).map_or(0, |avoid| avoid.attempts) + 1;
+            let until = now + self.config.missing_pause(attempts);
+            want.avoid.insert(source, Avoid { until, attempts });
+        }
+    }
+
+    fn blame(&mut self, source: SourceId, retry_after: Option<Duration>) {
+        let jitter = self.next_random() as u8;
+        if let Some(source) = self.sources.get_mut(&source) {
+            source.blame(&self.config, self.now, retry_after, jitter);
+        }
+    }
+
+    /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators).
+    fn next_random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
