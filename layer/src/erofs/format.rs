@@ -39,8 +39,9 @@ pub(super) const FLAT_INLINE: u16 = 2;
 pub(super) const CHUNK_BASED: u16 = 4;
 
 const MAGIC: u32 = 0xE0F5_E1E2;
-/// SB_CHKSUM and MTIME (an extended inode's time is its mtime).
-const FEATURE_COMPAT: u32 = 0x1 | 0x2;
+/// MTIME: an extended inode's time is its mtime. Not SB_CHKSUM: it would cover 512 bytes of an image that this node
+/// wrote itself, and fsck.erofs 1.8.6 (Debian 13) crashes on it where blocks are smaller than a kibibyte.
+const FEATURE_COMPAT: u32 = 0x2;
 /// CHUNKED_FILE and DEVICE_TABLE.
 const FEATURE_INCOMPAT: u32 = 0x4 | 0x8;
 
@@ -49,7 +50,7 @@ const _: () = assert!(size_of::<DeviceSlot>() == 128);
 const _: () = assert!(size_of::<Inode>() == 64);
 const _: () = assert!(size_of::<ChunkIndex>() == 8);
 const _: () = assert!(size_of::<Dirent>() == 12);
-const _: () = assert!(HEAD - SUPER_OFFSET == BLOCK && HEAD as u64 % SLOT == 0);
+const _: () = assert!(HEAD - SUPER_OFFSET == BLOCK && (HEAD as u64).is_multiple_of(SLOT));
 
 #[derive(IntoBytes, Immutable, Clone, Copy)]
 #[repr(C)]
@@ -130,7 +131,7 @@ pub(super) struct Dirent {
 /// The bytes before the first inode, which is the root's.
 pub(super) fn head(uuid: [u8; 16], blocks: u32, inodes: u64, device_blocks: u32) -> [u8; HEAD] {
     let zero = U32::ZERO;
-    let mut super_block = SuperBlock {
+    let super_block = SuperBlock {
         magic: MAGIC.into(),
         checksum: zero,
         feature_compat: FEATURE_COMPAT.into(),
@@ -156,15 +157,9 @@ pub(super) fn head(uuid: [u8; 16], blocks: u32, inodes: u64, device_blocks: u32)
         reserved: [0; 24],
     };
     let slot = DeviceSlot { tag: [0; 64], blocks: device_blocks.into(), mapped_block: zero, reserved: [0; 56] };
-    let block = |super_block: &SuperBlock| {
-        let mut block = [0; BLOCK];
-        let parts = super_block.as_bytes().iter().chain(slot.as_bytes());
-        block.iter_mut().zip(parts).for_each(|(to, from)| *to = *from);
-        block
-    };
-    super_block.checksum = crc32c(&block(&super_block)).into();
+    let parts = super_block.as_bytes().iter().chain(slot.as_bytes());
     let mut head = [0; HEAD];
-    head.iter_mut().skip(SUPER_OFFSET).zip(block(&super_block)).for_each(|(to, from)| *to = from);
+    head.iter_mut().skip(SUPER_OFFSET).zip(parts).for_each(|(to, from)| *to = *from);
     head
 }
 
@@ -173,22 +168,9 @@ pub(super) const fn device_number(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-/// CRC-32C from all ones, without the final inversion: what `erofs_superblock_csum_verify` computes.
-fn crc32c(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ if crc & 1 == 1 { 0x82F6_3B78 } else { 0 })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn checksum_is_crc32c() {
-        // The check value of CRC-32C is 0xE3069283 after the final inversion.
-        assert_eq!(!crc32c(b"123456789"), 0xE306_9283);
-    }
 
     #[test]
     fn device_numbers_are_the_kernels() {

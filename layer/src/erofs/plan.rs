@@ -265,7 +265,7 @@ mod tests {
         {
             let mut end = start;
             let place = place_directory(head, size, &mut end);
-            assert!(place.offset >= start && place.offset % 32 == 0 && place.offset % 512 <= 448);
+            assert!(place.offset >= start && place.offset.is_multiple_of(32) && place.offset % 512 <= 448);
             let Body::Blocks { inline, .. } = place.body else { panic!() };
             if inline {
                 assert_eq!((place.offset + head) / 512, (end - 1) / 512, "{head} {size} {start}");
