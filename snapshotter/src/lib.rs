@@ -1,1 +1,4 @@
 //! The containerd remote snapshotter.
+
+pub mod containerd;
+pub mod snapshots;
