@@ -29,7 +29,8 @@ pub const DIFFERENCES_MAX: usize = 200;
 
 /// Compares the tree `left` with `right`.
 pub fn compare(left: &Path, right: &Path) -> Result<Comparison> {
-    let mut walk = Walk { left, right, result: Comparison::default(), left_links: HashMap::new(), right_links: HashMap::new() };
+    let mut walk =
+        Walk { left, right, result: Comparison::default(), left_links: HashMap::new(), right_links: HashMap::new() };
     walk.directory(Path::new(""))?;
     Ok(walk.result)
 }
@@ -229,7 +230,8 @@ mod tests {
             last_access: rustix::fs::Timespec { tv_sec: 5, tv_nsec: 0 },
             last_modification: rustix::fs::Timespec { tv_sec: 5, tv_nsec: 0 },
         };
-        rustix::fs::utimensat(rustix::fs::CWD, root.join("d/link"), &link, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        rustix::fs::utimensat(rustix::fs::CWD, root.join("d/link"), &link, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+            .unwrap();
         folder
     }
 
@@ -251,7 +253,8 @@ mod tests {
     fn each_attribute_is_seen() {
         let mode = differences(|root| fs::set_permissions(root.join("d"), fs::Permissions::from_mode(0o700)).unwrap());
         assert!(mode.iter().any(|line| line.starts_with("/d: type and mode")), "{mode:?}");
-        let mtime = differences(|root| File::open(root.join("d")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap());
+        let mtime =
+            differences(|root| File::open(root.join("d")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap());
         assert!(mtime.iter().any(|line| line.starts_with("/d: mtime")), "{mtime:?}");
         let byte = differences(|root| {
             let mut contents = vec![7; 300_000];

@@ -94,7 +94,14 @@ impl Containerd {
     }
 
     /// `ctr run` of a container `id` from an image that was pulled; not started yet, standard output piped.
-    pub fn container(&self, network: &Network, snapshotter: &str, reference: &str, id: &str, program: &[&str]) -> Command {
+    pub fn container(
+        &self,
+        network: &Network,
+        snapshotter: &str,
+        reference: &str,
+        id: &str,
+        program: &[&str],
+    ) -> Command {
         let group = format!("{}/{id}", self.control_group);
         let mut command = self.ctr(network, &["run", "--rm", "--net-host", "--cgroup", &group]);
         command.args(["--snapshotter", snapshotter, reference, id]).args(program);
@@ -122,7 +129,8 @@ fn with_path(command: &mut Command, tools: &Tools) {
 
 /// The main configuration, without anything about Drover: that is the drop-in's part.
 fn config_text(folder: &Path, socket: &Path, imports: &Path) -> Result<String> {
-    let text = |path: &Path| path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()));
+    let text =
+        |path: &Path| path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()));
     Ok(format!(
         r#"version = 3
 root = "{root}"

@@ -127,8 +127,7 @@ impl Snapshotter {
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let socket = sockets.join("drover.sock");
         let program = tools.snapshotter.clone();
-        let mut this =
-            Self { daemon: Self::serve(network, &program, &config, folder)?, socket, config, program, root };
+        let mut this = Self { daemon: Self::serve(network, &program, &config, folder)?, socket, config, program, root };
         this.wait_until_ready()?;
         Ok(this)
     }

@@ -57,7 +57,8 @@ impl Image {
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let config = store(folder, CONFIG, &config)?;
-        let descriptor = |blob: &Blob| json!({ "mediaType": blob.media_type, "digest": blob.digest, "size": blob.size });
+        let descriptor =
+            |blob: &Blob| json!({ "mediaType": blob.media_type, "digest": blob.digest, "size": blob.size });
         let layers: Vec<_> = layers
             .iter()
             .map(|layer| Blob {

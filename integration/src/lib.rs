@@ -6,7 +6,7 @@
 //! - [`network`]: registry, seeder and node as three hosts on a switch, with a link speed and byte counters.
 //! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves.
 //! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
-//! - [`compare`]: two file trees, attribute by attribute.
+//! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
 
 pub mod compare;
 pub mod containerd;
@@ -14,6 +14,7 @@ pub mod drover;
 pub mod image;
 pub mod measure;
 pub mod network;
+pub mod pattern;
 pub mod process;
 pub mod registry;
 pub mod sandbox;

@@ -83,7 +83,13 @@ const FILL_DEADLINE: Duration = Duration::from_secs(900);
 /// Starts the subject's container once on a new node and measures it. The seeder's state is put right before: for
 /// [`Way::DroverKnown`] it must have ingested the image in an earlier start of this scene. With `to_the_end`, waits until the
 /// node has everything.
-pub fn start(scene: &mut Scene, way: Way, subject: &Subject, to_the_end: bool, say: &dyn Fn(&str)) -> Result<(Start, Node)> {
+pub fn start(
+    scene: &mut Scene,
+    way: Way,
+    subject: &Subject,
+    to_the_end: bool,
+    say: &dyn Fn(&str),
+) -> Result<(Start, Node)> {
     match way {
         Way::Overlayfs => scene.stop_seeder(),
         Way::DroverNew => scene.start_seeder(true)?,
@@ -106,7 +112,8 @@ pub fn start(scene: &mut Scene, way: Way, subject: &Subject, to_the_end: bool, s
     let pull = clock.elapsed();
     say("starting the container");
     let program: Vec<&str> = subject.program.iter().map(String::as_str).collect();
-    let mut command = node.containerd().container(&scene.network, way.snapshotter(), &subject.reference, "demo", &program);
+    let mut command =
+        node.containerd().container(&scene.network, way.snapshotter(), &subject.reference, "demo", &program);
     let mut child = command.spawn().context("cannot start ctr")?;
     let (stdout, stderr) = child.stdout.take().zip(child.stderr.take()).context("ctr has no output")?;
     let errors = std::thread::spawn(move || {

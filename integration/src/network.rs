@@ -118,7 +118,9 @@ pub struct Hosts(());
 impl Hosts {
     fn create() -> Result<Self> {
         fs::create_dir_all("/run/netns").context("cannot create /run/netns")?;
-        let mut script = String::from("set -e\nip netns add switch\nip -n switch link add br0 type bridge\nip -n switch link set br0 up\n");
+        let mut script = String::from(
+            "set -e\nip netns add switch\nip -n switch link add br0 type bridge\nip -n switch link set br0 up\n",
+        );
         for place in Place::ALL {
             let (name, address) = (place.namespace(), place.address());
             script.push_str(&format!(

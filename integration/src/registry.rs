@@ -63,7 +63,8 @@ impl Registry {
             if curl(network, &["-I", &format!("{base}/blobs/{digest}")]).is_ok() {
                 continue;
             }
-            let started = curl(network, &["-X", "POST", "-D", "-", "-o", "/dev/null", &format!("{base}/blobs/uploads/")])?;
+            let started =
+                curl(network, &["-X", "POST", "-D", "-", "-o", "/dev/null", &format!("{base}/blobs/uploads/")])?;
             let location = started.lines().find_map(|line| {
                 let (name, value) = line.split_once(':')?;
                 name.eq_ignore_ascii_case("location").then(|| value.trim().to_owned())

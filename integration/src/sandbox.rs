@@ -105,9 +105,11 @@ pub fn machine_can() -> Result<()> {
         bail!("this needs Linux 6.12 or newer (EROFS from a file); this kernel is {}", release.trim());
     }
     for (filesystem, module) in [("overlay", "overlay"), ("erofs", "erofs"), ("fuse", "fuse")] {
-        let known = || fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|l| l.ends_with(filesystem));
+        let known =
+            || fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|l| l.ends_with(filesystem));
         // Loading is only tried: a kernel with everything built in has no modprobe.
-        if !known() && !(Command::new("modprobe").arg(module).output().is_ok_and(|out| out.status.success()) && known()) {
+        if !known() && !(Command::new("modprobe").arg(module).output().is_ok_and(|out| out.status.success()) && known())
+        {
             bail!("this kernel has no {filesystem} file system");
         }
     }

@@ -61,7 +61,8 @@ impl Scene {
             fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
         let cluster = self.cluster()?;
-        self.seeder = Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, self.plain_registry().as_deref())?);
+        self.seeder =
+            Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, self.plain_registry().as_deref())?);
         Ok(())
     }
 

@@ -53,7 +53,8 @@ impl Tools {
         };
         build_drover(progress)?;
         // Debian's busybox is in /bin or, since the merge of /usr, in /usr/bin.
-        let tools = if tools.busybox.exists() { tools } else { Self { busybox: packages.join("usr/bin/busybox"), ..tools } };
+        let tools =
+            if tools.busybox.exists() { tools } else { Self { busybox: packages.join("usr/bin/busybox"), ..tools } };
         let runc = tools.runc.join("runc");
         for program in [&runc, &tools.registry, &tools.busybox, &tools.snapshotter, &tools.seeder] {
             if !program.exists() {

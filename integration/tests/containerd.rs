@@ -17,7 +17,8 @@ fn overlayfs_runs_the_test_image() {
         let (mut scene, reference) = scene_with_image(run)?;
         let mut node = scene.plain_node()?;
         node.containerd().pull(&scene.network, "overlayfs", &reference)?;
-        let out = node.containerd().output_of(&scene.network, "overlayfs", &reference, "c1", &["cat", "/etc/replaced"])?;
+        let out =
+            node.containerd().output_of(&scene.network, "overlayfs", &reference, "c1", &["cat", "/etc/replaced"])?;
         ensure!(out == "after\n", "the container printed {out:?}");
         let (left, right) = (run.folder().join("left"), run.folder().join("right"));
         node.mount_image(&scene.network, "overlayfs", &reference, &left)?;

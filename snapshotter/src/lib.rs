@@ -1,4 +1,5 @@
 //! The containerd remote snapshotter.
 
 pub mod containerd;
+pub mod fuse;
 pub mod snapshots;

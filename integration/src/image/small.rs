@@ -43,10 +43,31 @@ fn base(folder: &Path, busybox: &Path) -> Result<super::Layer> {
     }
     layer.directory("tmp", Attributes::root(0o1777))?;
     layer.file("bin/busybox", Attributes::root(0o755), &program)?;
-    for applet in ["sh", "ls", "cat", "find", "stat", "sleep", "echo", "sha256sum", "dd", "wc", "tar", "rm", "mkdir", "true", "od", "touch"] {
+    for applet in [
+        "sh",
+        "ls",
+        "cat",
+        "find",
+        "stat",
+        "sleep",
+        "echo",
+        "sha256sum",
+        "dd",
+        "wc",
+        "tar",
+        "rm",
+        "mkdir",
+        "true",
+        "od",
+        "touch",
+    ] {
         layer.symlink(&format!("bin/{applet}"), "busybox")?;
     }
-    layer.file("etc/passwd", Attributes::root(0o644), b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")?;
+    layer.file(
+        "etc/passwd",
+        Attributes::root(0o644),
+        b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n",
+    )?;
     layer.file("etc/group", Attributes::root(0o644), b"root:x:0:\nuser:x:1000:\n")?;
     layer.file("etc/removed", Attributes::root(0o644), b"a later layer removes this\n")?;
     layer.file("etc/replaced", Attributes::root(0o644), b"before\n")?;
@@ -110,7 +131,11 @@ fn odd(folder: &Path) -> Result<super::Layer> {
     layer.file("odd/setuid", Attributes::root(0o4755), b"setuid\n")?;
     layer.file("odd/setgid", Attributes { gid: 50, ..Attributes::root(0o2755) }, b"setgid\n")?;
     layer.file("odd/no-rights", Attributes::root(0), b"secret\n")?;
-    layer.file("odd/large-owner", Attributes { uid: 4_000_000_000, gid: 3_000_000_000, ..Attributes::root(0o644) }, b"owner\n")?;
+    layer.file(
+        "odd/large-owner",
+        Attributes { uid: 4_000_000_000, gid: 3_000_000_000, ..Attributes::root(0o644) },
+        b"owner\n",
+    )?;
     layer.node(EntryType::Char, "odd/null", Attributes::root(0o666), (1, 3))?;
     layer.node(EntryType::Block, "odd/disk", Attributes::root(0o660), (259, 1_000))?;
     layer.node(EntryType::Fifo, "odd/pipe", Attributes::root(0o600), (0, 0))?;
@@ -121,7 +146,13 @@ fn odd(folder: &Path) -> Result<super::Layer> {
     layer.symlink("odd/dangling", "/nowhere/at/all")?;
     layer.symlink("odd/up", "../../etc/passwd")?;
     layer.symlink("odd/long-target", &"x/".repeat(200))?;
-    for name in [&b"odd/with space"[..], b"odd/line\nbreak", b"odd/\xff\xfe not UTF-8", "odd/\u{e4}\u{f6}\u{fc}".as_bytes(), b"odd/trailing."] {
+    for name in [
+        &b"odd/with space"[..],
+        b"odd/line\nbreak",
+        b"odd/\xff\xfe not UTF-8",
+        "odd/\u{e4}\u{f6}\u{fc}".as_bytes(),
+        b"odd/trailing.",
+    ] {
         layer.append(EntryType::Regular, name, Attributes::root(0o644), None, None, name)?;
     }
     let longest = "n".repeat(255);

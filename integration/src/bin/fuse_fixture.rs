@@ -1,0 +1,164 @@
+//! What the FUSE tests run as processes of their own: readers that check every byte, and a snapshotter that serves
+//! computed devices.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use clap::Parser;
+use lab::pattern;
+use serde::Serialize;
+
+#[derive(Parser)]
+enum Arguments {
+    /// Reads a device and compares it with its pattern; SIGUSR1 is handled and changes nothing.
+    Read(Read),
+}
+
+#[derive(clap::Args)]
+struct Read {
+    /// File to read.
+    path: PathBuf,
+    /// Number of the device whose pattern it has.
+    #[arg(long)]
+    number: u64,
+    /// Where in the pattern the file starts.
+    #[arg(long, default_value_t = 0)]
+    base: u64,
+    /// Bytes of the file that are read from.
+    #[arg(long)]
+    span: u64,
+    /// Bytes of one read.
+    #[arg(long, default_value_t = 4096)]
+    length: usize,
+    /// Reads of each thread; 0 reads until standard input is closed.
+    #[arg(long, default_value_t = 1)]
+    count: u64,
+    /// One reads on the main thread, which is the one that gets signals.
+    #[arg(long, default_value_t = 1)]
+    threads: u64,
+    /// Turn of the first read: other turns read elsewhere.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Past the page cache.
+    #[arg(long)]
+    direct: bool,
+    /// One after the other instead of anywhere.
+    #[arg(long)]
+    sequential: bool,
+    /// Drop the pages after each read.
+    #[arg(long)]
+    forget: bool,
+}
+
+/// What a reader saw, printed as JSON on its last line.
+#[derive(Default, Serialize)]
+struct Outcome {
+    reads: u64,
+    bytes: u64,
+    failed: Vec<String>,
+    wrong: Vec<u64>,
+    /// Microseconds.
+    p50: u128,
+    p99: u128,
+    max: u128,
+    /// Reads that took longer than 100 ms, in milliseconds.
+    stalls: Vec<u128>,
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse() {
+        Arguments::Read(read) => read.run(),
+    }
+}
+
+impl Read {
+    fn run(self) -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let _handled = {
+            let _entered = runtime.enter();
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1())?
+        };
+        let mut options = File::options();
+        options.read(true);
+        if self.direct {
+            options.custom_flags(nix::libc::O_DIRECT);
+        }
+        let file = options.open(&self.path).with_context(|| format!("open {}", self.path.display()))?;
+        say("started")?;
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(self.count != 0));
+        if self.count == 0 {
+            let stop = stop.clone();
+            thread::spawn(move || {
+                let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+        }
+        let times = Mutex::new(Vec::new());
+        let outcome = Mutex::new(Outcome::default());
+        let body = |thread: u64| {
+            let mut done = 0;
+            let mut mine = Vec::new();
+            while if self.count == 0 { !stop.load(std::sync::atomic::Ordering::Relaxed) } else { done < self.count } {
+                self.read(&file, thread << 32 | (self.first + done), &mut mine, &outcome);
+                done += 1;
+            }
+            times.lock().unwrap().append(&mut mine);
+        };
+        thread::scope(|scope| {
+            let body = &body;
+            for thread in 1..self.threads {
+                scope.spawn(move || body(thread));
+            }
+            body(0);
+        });
+        let mut times = times.into_inner().unwrap();
+        let mut outcome = outcome.into_inner().unwrap();
+        times.sort_unstable();
+        let at =
+            |share: f64| times.get(((times.len().max(1) - 1) as f64 * share) as usize).map_or(0, Duration::as_micros);
+        (outcome.p50, outcome.p99, outcome.max) = (at(0.5), at(0.99), at(1.0));
+        outcome.stalls = times.iter().filter(|time| time.as_millis() >= 100).map(Duration::as_millis).collect();
+        say(&serde_json::to_string(&outcome)?)
+    }
+
+    fn read(&self, file: &File, turn: u64, times: &mut Vec<Duration>, outcome: &Mutex<Outcome>) {
+        let length = self.length as u64;
+        let slots = (self.span / length).max(1);
+        let slot = if self.sequential { turn & 0xffff_ffff } else { pattern::word(self.number ^ 0x5eed, turn) } % slots;
+        let offset = slot * length;
+        // Page-aligned, as direct reads want it.
+        let mut memory = vec![0u8; self.length + 4096];
+        let start = memory.as_ptr().align_offset(4096);
+        let buffer = &mut memory[start..start + self.length];
+        let began = Instant::now();
+        let result = file.read_exact_at(buffer, offset);
+        times.push(began.elapsed());
+        if self.forget {
+            let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), rustix::fs::Advice::DontNeed);
+        }
+        let difference = pattern::first_difference(self.number, self.base + offset, buffer);
+        let mut outcome = outcome.lock().unwrap();
+        outcome.reads += 1;
+        match result {
+            Ok(()) => {
+                outcome.bytes += length;
+                outcome.wrong.extend(difference);
+            }
+            Err(error) => outcome.failed.push(format!("{offset}: {error}")),
+        }
+    }
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
+}
