@@ -4,6 +4,7 @@ use super::Section;
 use super::cursor::{Cursor, CutOff};
 use crate::chunk::{Geometry, GeometryError};
 use crate::digest::Digest;
+use crate::tree::{DEVICE_SIZE_MAX, ENTRIES_MAX};
 
 /// Version of the index format that this code writes; a newer one is refused.
 pub const VERSION: u16 = 1;
@@ -213,6 +214,12 @@ impl Header {
     pub(crate) fn checked(facts: HeaderFacts) -> Result<Self, HeaderError> {
         let geometry = Geometry::new(facts.device_size, facts.chunk_log2)?;
         let [entries, chunk_digests, spans] = &facts.sections;
+        if facts.device_size > DEVICE_SIZE_MAX {
+            return Err(HeaderError::Field("the device is larger than can be mounted"));
+        }
+        if usize::try_from(facts.entry_count).map_or(true, |count| count > ENTRIES_MAX) {
+            return Err(HeaderError::Field("too many entries"));
+        }
         if facts.sections.iter().any(|section| section.size > SECTION_MAX) || entries.plain_size > SECTION_MAX {
             return Err(HeaderError::Field("a section is larger than 1 GiB"));
         }

@@ -9,16 +9,19 @@
 
 mod cursor;
 mod digests;
+mod entries;
 
 mod header;
 mod spans;
 
 pub use digests::ChunkDigests;
+pub use entries::parse_entries;
 pub use header::{Compression, HEADER_LEN, Header, HeaderError, SectionFacts, VERSION, statement};
 pub use spans::{Checkpoint, PackedWindow, SPAN_BLOB_MAX, SPAN_DEVICE_MAX, Span, Spans, WINDOW_MAX};
 
+pub(crate) use entries::encode_entries;
 pub(crate) use header::HeaderFacts;
-pub(crate) use spans::SpansEncoder;
+pub(crate) use spans::{SpansEncoder, Start};
 
 use std::fmt;
 

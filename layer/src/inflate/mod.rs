@@ -1,0 +1,43 @@
+//! From a gzip blob to its device, with a stop wherever inflating can start again.
+
+mod gzip;
+mod member;
+#[allow(unsafe_code)]
+mod sys;
+
+pub(crate) use gzip::{GzipReader, Stop};
+
+pub(crate) use crate::index::WINDOW_MAX;
+
+/// Why a blob, or a part of it, does not inflate. Offsets are bytes of the blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InflateError {
+    /// A gzip header or trailer is wrong.
+    #[error("the gzip member is broken at byte {offset} of the blob: {reason}")]
+    Member {
+        /// Where it was seen.
+        offset: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// The compressed bytes are not deflate.
+    #[error("the compressed bytes are broken near byte {offset} of the blob")]
+    Deflate {
+        /// Where it was seen.
+        offset: u64,
+    },
+    /// The blob or its part ends too early.
+    #[error("the blob is cut off at byte {offset}: {device} bytes of the layer were inflated")]
+    CutOff {
+        /// Where it ends.
+        offset: u64,
+        /// Bytes of the device that came of it.
+        device: u64,
+    },
+    /// The window of a checkpoint in the index does not unpack.
+    #[error("the checkpoint at byte {offset} of the blob is broken")]
+    Checkpoint {
+        /// Start of the span.
+        offset: u64,
+    },
+}

@@ -1,0 +1,452 @@
+//! One streamed pass over a blob: proves its digest and finds everything that an index holds.
+//!
+//! Memory is bounded apart from what becomes the index (entries, chunk digests, packed windows): one buffer of a few chunks
+//! and the decoder's state. The index depends on the blob alone, never on how it was cut into pushes.
+
+mod device;
+
+use sha2::{Digest as _, Sha256};
+
+use self::device::Device;
+use crate::chunk::{CHUNK_LOG2, ChunkDigest, ChunkIndex, Geometry, GeometryError};
+use crate::digest::Digest;
+use crate::index::{
+    Compression, Header, HeaderError, HeaderFacts, Index, SPAN_BLOB_MAX, SPAN_DEVICE_MAX, SectionFacts, SpansEncoder,
+    Start, WINDOW_MAX, encode_entries,
+};
+use crate::inflate::{GzipReader, InflateError, Stop};
+use crate::tar::{self, TarError};
+use crate::tree::DEVICE_SIZE_MAX;
+
+/// Device bytes after which a span ends at the next deflate block: read latency against index size (measured: 4 MiB inflate in
+/// 6 to 8 ms, and their windows are below 1 % of the blob).
+pub const SPAN_LEN: u64 = 4 << 20;
+
+/// Device bytes after which a span ends at the next member: that checkpoint costs nothing, but an eStargz blob has a member
+/// for each file.
+pub const SPAN_LEN_AT_MEMBER: u64 = 2 << 20;
+
+/// Bytes that decide a blob's compression.
+const MAGIC_LEN: usize = 4;
+
+/// Takes the chunks of a device as they come: number, plain bytes, digest.
+pub type ChunkFn<'a> = dyn FnMut(ChunkIndex, &[u8], ChunkDigest) + 'a;
+
+/// How to ingest.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// log2 of the chunk size; within [`CHUNK_LOG2_RANGE`](crate::chunk::CHUNK_LOG2_RANGE).
+    pub chunk_log2: u8,
+    /// Largest device to accept, in bytes: the bound for a blob that inflates without end.
+    pub device_size_max: u64,
+    /// Bounds of the entries.
+    pub limits: tar::Limits,
+}
+
+impl Default for Options {
+    /// 128 KiB chunks, and the largest layer that can be mounted.
+    fn default() -> Self {
+        Self { chunk_log2: CHUNK_LOG2, device_size_max: DEVICE_SIZE_MAX, limits: tar::Limits::default() }
+    }
+}
+
+/// Why a blob gives no index.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IngestError {
+    /// The bytes are not the blob: whoever sent them is to blame, another place may have it.
+    #[error("the bytes received as blob {want} have the digest {got}")]
+    WrongBlob {
+        /// What was asked for.
+        want: Digest,
+        /// What came.
+        got: Digest,
+    },
+    /// As [`IngestError::WrongBlob`], seen by the length.
+    #[error("blob {blob} has {want} bytes, {got} or more were received")]
+    WrongSize {
+        /// What was asked for.
+        blob: Digest,
+        /// Bytes that it has.
+        want: u64,
+        /// Bytes that came.
+        got: u64,
+    },
+    /// The blob is proven and does not inflate: no unpacker takes it.
+    #[error("blob {blob}: {source}")]
+    Inflate {
+        /// Which blob.
+        blob: Digest,
+        /// What is wrong.
+        source: InflateError,
+    },
+    /// The blob is proven and its tar is broken: no unpacker takes it.
+    #[error("blob {blob}: {source}")]
+    Tar {
+        /// Which blob.
+        blob: Digest,
+        /// What is wrong.
+        source: TarError,
+    },
+    /// The blob is proven, but cannot be mounted lazily: unpack it as an ordinary layer.
+    #[error("blob {blob} cannot be mounted lazily: {reason}")]
+    Unsupported {
+        /// Which blob.
+        blob: Digest,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// An ingest in progress.
+#[derive(Debug)]
+pub struct Ingest {
+    blob: Digest,
+    blob_size: Option<u64>,
+    blob_hash: Sha256,
+    blob_read: u64,
+    options: Options,
+    decoder: Decoder,
+    device: Device,
+    spans: SpanStarts,
+    failure: Option<IngestError>,
+}
+
+#[derive(Debug)]
+enum Decoder {
+    /// Waiting for the first bytes, of which these are some.
+    Detecting(Vec<u8>),
+    Plain,
+    Gzip(Box<GzipReader>),
+    /// The content failed: the rest of the blob is only hashed.
+    Stopped,
+}
+
+impl Ingest {
+    /// An ingest of `blob`, whose size is checked too where it is known. `compression` is what the media type settles
+    /// ([`Compression::of_media_type`]); `None` goes by the first bytes, as containerd does.
+    pub fn new(
+        blob: Digest,
+        blob_size: Option<u64>,
+        compression: Option<Compression>,
+        options: Options,
+    ) -> Result<Self, GeometryError> {
+        let geometry = Geometry::new(0, options.chunk_log2)?;
+        let mut ingest = Self {
+            blob,
+            blob_size,
+            blob_hash: Sha256::new(),
+            blob_read: 0,
+            options,
+            decoder: Decoder::Detecting(Vec::new()),
+            device: Device::new(geometry.chunk_size() as usize, options.limits),
+            spans: SpanStarts::new(),
+            failure: None,
+        };
+        if let Some(compression) = compression {
+            ingest.start(compression);
+        }
+        Ok(ingest)
+    }
+
+    /// Takes the next bytes of the blob, any number, and gives each chunk that becomes whole to `sink`. The only error is
+    /// that more bytes came than the blob has. Broken or unsupported content is told by [`Ingest::finish`], after the blob's
+    /// digest, since wrong bytes look like broken content; who does not want to wait asks [`Ingest::failure`].
+    pub fn push(&mut self, blob_bytes: &[u8], sink: &mut ChunkFn<'_>) -> Result<(), IngestError> {
+        let got = self.blob_read + blob_bytes.len() as u64;
+        if let Some(want) = self.blob_size.filter(|want| got > *want) {
+            return Err(IngestError::WrongSize { blob: self.blob, want, got });
+        }
+        self.blob_read = got;
+        self.blob_hash.update(blob_bytes);
+        if let Decoder::Detecting(first) = &mut self.decoder {
+            first.extend_from_slice(blob_bytes);
+            if first.len() >= MAGIC_LEN {
+                self.detected(sink);
+            }
+        } else {
+            self.decode(blob_bytes, sink);
+        }
+        Ok(())
+    }
+
+    /// The blob has ended: gives the last chunk to `sink`, and the index.
+    pub fn finish(mut self, sink: &mut ChunkFn<'_>) -> Result<Index, IngestError> {
+        let blob = self.blob;
+        if matches!(self.decoder, Decoder::Detecting(_)) {
+            self.detected(sink);
+        }
+        let got = Digest::from_bytes(std::mem::take(&mut self.blob_hash).finalize().into());
+        if let Some(want) = self.blob_size.filter(|want| self.blob_read != *want) {
+            return Err(IngestError::WrongSize { blob, want, got: self.blob_read });
+        }
+        if got != blob {
+            return Err(IngestError::WrongBlob { want: blob, got });
+        }
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        let compression = match &self.decoder {
+            Decoder::Gzip(reader) if !reader.may_end() => {
+                let source = InflateError::CutOff { offset: reader.blob_offset(), device: self.device.len() };
+                return Err(IngestError::Inflate { blob, source });
+            }
+            Decoder::Gzip(_) => Compression::Gzip,
+            Decoder::Plain | Decoder::Detecting(_) | Decoder::Stopped => Compression::None,
+        };
+        let blob_size = self.blob_read;
+        let unsupported = |reason: String| IngestError::Unsupported { blob, reason };
+        let parts = self.device.finish(sink);
+        if compression == Compression::None {
+            self.spans.cut_plain(parts.size);
+        }
+        let (spans, span_count) =
+            self.spans.finish(blob_size, parts.size).map_err(|reason| unsupported(reason.into()))?;
+        let tree = parts.tree.map_err(|error| match error {
+            TarError::Unsupported(reason) => unsupported(reason),
+            source @ TarError::Broken { .. } => IngestError::Tar { blob, source },
+        })?;
+        let entries = encode_entries(&tree).ok_or_else(|| unsupported("its entries are too large".into()))?;
+        let section =
+            |bytes: &[u8], plain_size| SectionFacts { size: bytes.len() as u64, plain_size, digest: Digest::of(bytes) };
+        let facts = HeaderFacts {
+            blob,
+            diff_id: parts.diff_id,
+            blob_size,
+            device_size: parts.size,
+            chunk_log2: self.options.chunk_log2,
+            compression,
+            has_implicit_directories: tree.has_implicit_directories(),
+            has_whiteouts: tree.has_whiteouts(),
+            entry_count: tree.entries().len() as u32,
+            span_count,
+            sections: [
+                section(&entries.packed, entries.plain_size),
+                section(&parts.chunk_digests, parts.chunk_digests.len() as u64),
+                section(&spans, spans.len() as u64),
+            ],
+        };
+        let header = Header::checked(facts).map_err(|error: HeaderError| unsupported(error.to_string()))?;
+        Ok(Index { header, entries: entries.packed, chunk_digests: parts.chunk_digests, spans })
+    }
+
+    /// Bytes of the blob taken so far.
+    pub const fn blob_read(&self) -> u64 {
+        self.blob_read
+    }
+
+    /// Bytes of the device that came of them.
+    pub const fn device_read(&self) -> u64 {
+        self.device.len()
+    }
+
+    /// What [`Ingest::finish`] will say if the bytes turn out to be the blob: its content is broken or unsupported. No more
+    /// chunks come once this is an inflate error or a size limit.
+    pub fn failure(&self) -> Option<IngestError> {
+        self.failure.clone().or_else(|| {
+            let blob = self.blob;
+            self.device.tar_error().map(|error| match error.clone() {
+                TarError::Unsupported(reason) => IngestError::Unsupported { blob, reason },
+                source @ TarError::Broken { .. } => IngestError::Tar { blob, source },
+            })
+        })
+    }
+
+    fn detected(&mut self, sink: &mut ChunkFn<'_>) {
+        if let Decoder::Detecting(first) = &mut self.decoder {
+            let first = std::mem::take(first);
+            self.start(Compression::detect(&first));
+            self.decode(&first, sink);
+        }
+    }
+
+    fn start(&mut self, compression: Compression) {
+        self.decoder = match compression {
+            Compression::None => Decoder::Plain,
+            Compression::Gzip => {
+                self.spans.candidate(0, 0, Start::Member);
+                Decoder::Gzip(Box::new(GzipReader::at_member(0)))
+            }
+            Compression::Zstd => {
+                self.fail_unsupported("zstd layers are not supported yet");
+                Decoder::Stopped
+            }
+        };
+    }
+
+    fn decode(&mut self, input: &[u8], sink: &mut ChunkFn<'_>) {
+        match &mut self.decoder {
+            Decoder::Plain => {
+                let mut rest = input;
+                while !rest.is_empty() {
+                    let room = self.device.room();
+                    let take = room.len().min(rest.len());
+                    let (head, tail) = rest.split_at(take);
+                    if let Some(room) = room.get_mut(..take) {
+                        room.copy_from_slice(head);
+                    }
+                    rest = tail;
+                    self.device.filled(take, sink);
+                }
+            }
+            Decoder::Gzip(reader) => {
+                if let Err(source) = inflate(reader, input, &mut self.device, &mut self.spans, sink, &self.options) {
+                    self.failure = Some(IngestError::Inflate { blob: self.blob, source });
+                }
+            }
+            Decoder::Detecting(_) | Decoder::Stopped => return,
+        }
+        if self.device.len() > self.options.device_size_max {
+            let max = self.options.device_size_max;
+            self.fail_unsupported(&format!("uncompressed it has more than {max} bytes"));
+        }
+        if self.failure.is_some() {
+            self.decoder = Decoder::Stopped;
+        }
+    }
+
+    fn fail_unsupported(&mut self, reason: &str) {
+        self.failure = Some(IngestError::Unsupported { blob: self.blob, reason: reason.to_owned() });
+    }
+}
+
+/// Inflates all of `input` into the device and finds where spans can start.
+///
+/// Where block boundaries are looked for must not depend on how the input is cut. So the decoder runs without stopping up to
+/// one byte in front of the first output that a span may end at, and from there stops at each boundary.
+fn inflate(
+    reader: &mut GzipReader,
+    mut input: &[u8],
+    device: &mut Device,
+    spans: &mut SpanStarts,
+    sink: &mut ChunkFn<'_>,
+    options: &Options,
+) -> Result<(), InflateError> {
+    while device.len() <= options.device_size_max {
+        let free_run = spans.free_run(device.len());
+        let room = device.room();
+        let room_len =
+            if free_run == 0 { room.len() } else { room.len().min(usize::try_from(free_run).unwrap_or(usize::MAX)) };
+        let room = room.get_mut(..room_len).unwrap_or_default();
+        let read = reader.read(input, room, free_run == 0)?;
+        input = input.get(read.consumed..).unwrap_or_default();
+        device.filled(read.produced, sink);
+        spans.reached(device.len());
+        match read.stop {
+            Stop::Input => return Ok(()),
+            Stop::Output => {}
+            Stop::MemberEnd => spans.candidate(reader.blob_offset(), device.len(), Start::Member),
+            Stop::Block { blob_bits } => {
+                // The block starts in byte `blob_bits / 8`, with its high bits unless at a byte's start.
+                let bits = ((8 - blob_bits % 8) % 8) as u8;
+                let window_len = reader.member_len().min(WINDOW_MAX as u64) as usize;
+                let window = device.last(window_len);
+                spans.candidate(blob_bits / 8, device.len(), Start::Deflate { bits, window });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Chooses among the places where a span can start.
+struct SpanStarts {
+    encoder: SpansEncoder,
+    last: Option<Place>,
+    /// A start that is recorded once output follows it, so that no span is empty.
+    candidate: Option<Candidate>,
+    /// A span is beyond what an index may hold.
+    oversized: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    blob: u64,
+    device: u64,
+}
+
+struct Candidate {
+    place: Place,
+    /// Bits and window; none at a member's start.
+    deflate: Option<(u8, Vec<u8>)>,
+}
+
+impl SpanStarts {
+    fn new() -> Self {
+        Self { encoder: SpansEncoder::new(), last: None, candidate: None, oversized: false }
+    }
+
+    /// How much output may come in one go before block boundaries matter; 0: they matter now.
+    fn free_run(&self, device: u64) -> u64 {
+        match (&self.candidate, &self.last) {
+            (None, Some(last)) => (last.device + SPAN_LEN - 1).saturating_sub(device),
+            // With a candidate, the boundaries in front of the next byte of output may be better ones.
+            _ => 0,
+        }
+    }
+
+    /// A span could start here. Of several places in front of the same byte of the device the last one wins, which leaves the
+    /// fewest blob bytes to the new span; but a member's start needs no window, so no block replaces it.
+    fn candidate(&mut self, blob: u64, device: u64, start: Start<'_>) {
+        let len_min = if start == Start::Member { SPAN_LEN_AT_MEMBER } else { SPAN_LEN };
+        if self.last.is_some_and(|last| device - last.device < len_min) {
+            return;
+        }
+        let at_member = self.candidate.as_ref().is_some_and(|candidate| candidate.deflate.is_none());
+        let deflate = match start {
+            Start::Deflate { .. } if at_member => return,
+            Start::Deflate { bits, window } => Some((bits, window.to_vec())),
+            Start::Member | Start::Plain => None,
+        };
+        // The first span starts at the blob's start, also where empty members come first.
+        if self.last.is_none() && self.candidate.is_some() {
+            return;
+        }
+        self.candidate = Some(Candidate { place: Place { blob, device }, deflate });
+    }
+
+    /// The device has reached a length: a candidate that has output behind it becomes a span.
+    fn reached(&mut self, device: u64) {
+        if let Some(Candidate { place, deflate }) = self.candidate.take_if(|candidate| candidate.place.device < device)
+        {
+            match &deflate {
+                None => self.encoder.push(place.blob, place.device, Start::Member),
+                Some((bits, window)) => {
+                    self.encoder.push(place.blob, place.device, Start::Deflate { bits: *bits, window });
+                }
+            }
+            self.ended(place);
+            self.last = Some(place);
+        }
+    }
+
+    /// Cuts a blob that is its own device.
+    fn cut_plain(&mut self, size: u64) {
+        let mut start = 0;
+        while start < size {
+            self.encoder.push(start, start, Start::Plain);
+            self.last = Some(Place { blob: start, device: start });
+            start += SPAN_LEN;
+        }
+    }
+
+    /// The encoded section and its number of spans.
+    fn finish(mut self, blob_size: u64, device_size: u64) -> Result<(Vec<u8>, u32), &'static str> {
+        self.ended(Place { blob: blob_size, device: device_size });
+        if self.oversized {
+            return Err("its compressed blocks are too large for random access");
+        }
+        Ok(self.encoder.finish())
+    }
+
+    fn ended(&mut self, end: Place) {
+        if let Some(last) = self.last {
+            // One more for the byte that two spans share.
+            self.oversized |= end.blob - last.blob + 1 > SPAN_BLOB_MAX || end.device - last.device > SPAN_DEVICE_MAX;
+        }
+    }
+}
+
+impl std::fmt::Debug for SpanStarts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SpanStarts").field("last", &self.last).finish_non_exhaustive()
+    }
+}
