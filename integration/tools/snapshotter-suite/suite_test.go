@@ -46,7 +46,8 @@ func start(ctx context.Context, command []string, root string) (snapshots.Snapsh
 	}
 	server := exec.Command(arguments[0], arguments[1:]...)
 	server.Stdout, server.Stderr = os.Stderr, os.Stderr
-	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// No Pdeathsig: it fires when the starting thread ends, which containerd's mount code does to threads. Whoever runs this
+	// program puts it into a process namespace, which ends servers too.
 	if err := server.Start(); err != nil {
 		return nil, nil, err
 	}
@@ -77,9 +78,13 @@ func start(ctx context.Context, command []string, root string) (snapshots.Snapsh
 
 	deadline := time.After(30 * time.Second)
 	for {
-		attempt, cancel := context.WithTimeout(ctx, time.Second)
-		err := snapshotter.Walk(attempt, func(context.Context, snapshots.Info) error { return nil })
-		cancel()
+		// Not before the socket is there: gRPC waits a second after a failed dial.
+		_, err := os.Stat(socket)
+		if err == nil {
+			attempt, cancel := context.WithTimeout(ctx, time.Second)
+			err = snapshotter.Walk(attempt, func(context.Context, snapshots.Info) error { return nil })
+			cancel()
+		}
 		if err == nil {
 			return snapshotter, cleanup, nil
 		}
