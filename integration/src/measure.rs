@@ -1,12 +1,14 @@
 //! One timed container start.
 
 use std::io::{BufRead, BufReader, Read};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::network::{Link, Place};
-use crate::process::Usage;
+use crate::network::{Counter, Link, Place};
+use crate::process::{Usage, run};
 use crate::scene::{Node, Scene, drop_caches};
 
 /// How a start is done.
@@ -80,6 +82,14 @@ const FIRST_LINE_DEADLINE: Duration = Duration::from_secs(900);
 /// How long background fetching may take after the container ended.
 const FILL_DEADLINE: Duration = Duration::from_secs(900);
 
+/// How long a container may run after its first line before it is killed.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Most lines of a container that are kept.
+const LINES_MAX: usize = 1000;
+
+const CONTAINER: &str = "subject";
+
 /// Starts the subject's container once on a new node and measures it. The seeder's state is put right before: for
 /// [`Way::DroverKnown`] it must have ingested the image in an earlier start of this scene. With `to_the_end`, waits until the
 /// node has everything.
@@ -101,8 +111,9 @@ pub fn start(
     };
     drop_caches();
 
-    let node_bytes = |scene: &Scene| scene.network.received(Place::Node, Link::Switch);
-    let seeder_bytes = |scene: &Scene| scene.network.received(Place::Seeder, Link::Direct);
+    let node_bytes = |scene: &Scene| scene.network.counter(Place::Node, Link::Switch).map(Counter::read).transpose();
+    let seeder_bytes =
+        |scene: &Scene| scene.network.counter(Place::Seeder, Link::Direct).map(Counter::read).transpose();
     let (node_before, seeder_before) = (node_bytes(scene)?, seeder_bytes(scene)?);
     let since = |now: Option<u64>, before: Option<u64>| now.zip(before).map(|(now, before)| now.saturating_sub(before));
 
@@ -113,35 +124,39 @@ pub fn start(
     say("starting the container");
     let program: Vec<&str> = subject.program.iter().map(String::as_str).collect();
     let mut command =
-        node.containerd().container(&scene.network, way.snapshotter(), &subject.reference, "demo", &program);
+        node.containerd().container(&scene.network, way.snapshotter(), &subject.reference, CONTAINER, &program);
     let mut child = command.spawn().context("cannot start ctr")?;
     let (stdout, stderr) = child.stdout.take().zip(child.stderr.take()).context("ctr has no output")?;
-    let errors = std::thread::spawn(move || {
-        let mut text = String::new();
-        let _ = BufReader::new(stderr).take(1 << 16).read_to_string(&mut text);
-        text
-    });
-    // Reading in a thread, so that a container that never speaks is noticed.
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
-        let _ = sender.send((lines.next(), Instant::now()));
-        lines.count()
-    });
-    let (line, at) = receiver.recv_timeout(FIRST_LINE_DEADLINE).unwrap_or((None, Instant::now()));
+    let (sender, lines) = channel();
+    let readers = [forward(stdout, sender.clone()), forward(stderr, sender)];
+    let first = lines.recv_timeout(FIRST_LINE_DEADLINE);
     let node_bytes_first = since(node_bytes(scene)?, node_before);
-    let first_line = at.duration_since(clock);
-    let Some(line) = line else {
+    let Ok((line, at)) = first else {
         let _ = child.kill();
         let _ = child.wait();
-        bail!("the container printed nothing: {}", errors.join().unwrap_or_default().trim());
+        bail!("the container printed nothing");
     };
-    let status = child.wait().context("cannot wait for ctr")?;
+    let first_line = at.duration_since(clock);
+    // A service runs on: it has shown what was to be measured.
+    let limit = Instant::now() + END_DEADLINE;
+    let mut killed = false;
+    let status = loop {
+        if let Some(status) = child.try_wait().context("cannot wait for ctr")? {
+            break status;
+        }
+        if !killed && Instant::now() > limit {
+            // It may just have ended by itself; whether ctr ends is what counts.
+            let _ =
+                run(&mut node.containerd().ctr(&scene.network, &["task", "kill", "--signal", "SIGKILL", CONTAINER]));
+            killed = true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
     let ended = clock.elapsed();
-    let _ = reader.join();
-    let errors = errors.join().unwrap_or_default();
-    if !status.success() {
-        bail!("the container failed ({status}): {}", errors.trim());
+    readers.into_iter().for_each(|reader| drop(reader.join()));
+    if !status.success() && !killed {
+        let rest: Vec<_> = lines.try_iter().map(|(line, _)| line).collect();
+        bail!("the container failed ({status}): {line}\n{}", rest.join("\n"));
     }
     if to_the_end && way != Way::Overlayfs {
         say("waiting until everything is here");
@@ -162,6 +177,15 @@ pub fn start(
         seeder_usage: scene.seeder.as_mut().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
     };
     Ok((result, node))
+}
+
+/// Sends the lines of one output, with the time at which each came.
+fn forward(output: impl Read + Send + 'static, sender: Sender<(String, Instant)>) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok).take(LINES_MAX) {
+            let _ = sender.send((line, Instant::now()));
+        }
+    })
 }
 
 /// Waits until the node's snapshotter says that all its layers are complete.

@@ -102,11 +102,19 @@ impl Network {
         }
     }
 
-    /// Bytes that `place` received over `link` so far, headers included; `None` on the machine's own network.
-    pub fn received(&self, place: Place, link: Link) -> Result<Option<u64>> {
+    /// Counter of the bytes that `place` receives over `link`, headers included; `None` on the machine's own network.
+    pub const fn counter(&self, place: Place, link: Link) -> Option<Counter> {
         match self {
-            Self::Hosts(hosts) => hosts.received(place, link).map(Some),
-            Self::Machine => Ok(None),
+            Self::Hosts(_) => Some(Counter { place, link }),
+            Self::Machine => None,
+        }
+    }
+
+    /// Gives every link of the hosts this speed, both ways.
+    pub fn set_speed(&self, megabits: u32) -> Result<()> {
+        match self {
+            Self::Hosts(hosts) => hosts.set_speed(megabits),
+            Self::Machine => Ok(()),
         }
     }
 }
@@ -145,8 +153,7 @@ impl Hosts {
         Ok(Self(()))
     }
 
-    /// Gives every link this speed, both ways.
-    pub fn set_speed(&self, megabits: u32) -> Result<()> {
+    fn set_speed(&self, megabits: u32) -> Result<()> {
         let mut script = String::from("set -e\n");
         let mut ends = vec![("registry", "eth1".to_owned()), ("seeder", "eth1".to_owned())];
         for place in Place::ALL {
@@ -167,8 +174,19 @@ impl Hosts {
         run(Command::new("sh").args(["-c", &script])).context("cannot set the speed of the lab's links")?;
         Ok(())
     }
+}
 
-    fn received(&self, place: Place, link: Link) -> Result<u64> {
+/// A link's counter.
+#[derive(Clone, Copy, Debug)]
+pub struct Counter {
+    place: Place,
+    link: Link,
+}
+
+impl Counter {
+    /// Bytes since the link was made.
+    pub fn read(self) -> Result<u64> {
+        let Self { place, link } = self;
         let path = format!("/run/netns/{}", place.namespace());
         // A thread of its own enters the namespace: /proc/thread-self/net shows its counters.
         let read = std::thread::spawn(move || -> Result<String> {

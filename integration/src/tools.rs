@@ -105,7 +105,9 @@ fn build_drover(progress: &dyn Fn(&str)) -> Result<()> {
 }
 
 fn build_containerd(progress: &dyn Fn(&str)) -> Result<PathBuf> {
-    progress("building containerd 2.3 (once: one to two minutes)");
+    if !target()?.join("tools/bin/containerd-2.3").exists() {
+        progress("building containerd 2.3 (once: one to two minutes)");
+    }
     let mut build = Command::new("bash");
     build.arg(workspace().join("integration/tools/build.sh")).arg("containerd-2.3").env("CARGO_TARGET_DIR", target()?);
     let printed = run(&mut build)?;

@@ -1,0 +1,100 @@
+# Drover: what people and CI run. Tests are plain `cargo test`; see README.md for what each target needs.
+#
+#   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
+#   make test           everything that must pass; installs what it needs
+#   make check          format, lints, licences, documentation
+#   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000")
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+, := ,
+# Mounts and namespaces need root; building does not.
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH$(,)HOME$(,)CARGO_HOME$(,)RUSTUP_HOME$(,)GOCACHE$(,)GOMODCACHE)
+
+SPEED ?= 1000
+RUNS ?= 3
+SPEEDS ?= 200 1000
+
+DENY_VERSION := 0.20.2
+DENY := $(TARGET)/tools/cargo-deny/bin/cargo-deny
+
+# Program and the Debian or Ubuntu package that has it.
+NEEDS_BUILD := cc:gcc make:make git:git
+NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip unshare:util-linux nsenter:util-linux \
+    setpriv:util-linux fsck.erofs:erofs-utils dpkg-deb:dpkg
+NEEDS_DEMO := $(NEEDS_TEST) python3:python3 pip3:python3-pip npm:npm
+
+.PHONY: help
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# setup-KIND installs the packages that are missing. Nothing is started.
+define install_missing
+	@missing=""; \
+	for need in $(1); do command -v "$${need%%:*}" >/dev/null || PATH="$$PATH:/usr/sbin:/sbin" command -v "$${need%%:*}" >/dev/null || missing="$$missing $${need#*:}"; done; \
+	missing=$$(printf '%s\n' $$missing | sort -u | tr '\n' ' '); \
+	if [ -n "$${missing// /}" ]; then echo "installing: $$missing"; $(SUDO) apt-get -qq update; $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing; fi; \
+	for need in cargo:Rust go:Go; do command -v $${need%%:*} >/dev/null || { echo "$${need#*:} is not installed or not in PATH: see README.md"; exit 1; }; done
+endef
+
+.PHONY: setup setup-demo
+setup:
+	$(call install_missing,$(NEEDS_TEST))
+setup-demo:
+	$(call install_missing,$(NEEDS_DEMO))
+
+.PHONY: demo
+demo: setup-demo
+	@echo "building (release)"
+	@$(CARGO) build --quiet --release -p drover-snapshotter -p drover-seeder -p integration --bins
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/demo --speed $(SPEED) $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--cmd $(call quoted,$(CMD)))
+
+# A text as one word of the shell.
+quoted = '$(subst ','\'',$(1))'
+
+.PHONY: test test-unit test-fuse test-containerd
+test: setup test-unit test-fuse test-containerd
+
+# No root, no network, seconds.
+test-unit:
+	$(CARGO) test --workspace --exclude integration
+	$(CARGO) test -p integration --lib --bins
+
+# The FUSE session, the keeper and EROFS on the real kernel.
+test-fuse: setup
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse
+
+# containerd's own snapshotter suite, and everything end to end on the real containerd.
+test-containerd: setup
+	$(CARGO) build -p drover-snapshotter -p drover-seeder
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test containerd_suite --test containerd
+
+.PHONY: check fmt clippy deny doc
+check: fmt clippy deny doc
+fmt:
+	$(CARGO) fmt --all --check
+clippy:
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+doc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
+
+# Advisories are left out: their database is fetched from a git host that not every CI machine reaches.
+deny: $(DENY)
+	$(DENY) --log-level error check bans licenses sources
+$(DENY):
+	$(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TARGET)/tools/cargo-deny --quiet
+
+.PHONY: bench-single bench-kernels
+bench-single: setup-demo
+	@$(CARGO) build --quiet --release -p drover-snapshotter -p drover-seeder -p integration --bins
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench --runs $(RUNS) $(foreach speed,$(SPEEDS),--speed $(speed))
+
+# What takes too long for every change: the demonstration image compared file by file, more rounds of kills.
+.PHONY: nightly
+nightly: setup-demo
+	$(CARGO) build --release -p drover-snapshotter -p drover-seeder
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --release -p integration -- --ignored --test-threads=1
