@@ -22,7 +22,7 @@ for name in "$@"; do
     # Two callers may want the same program at once: one builds, the other waits and finds it done.
     exec 9>"$target/tools/$name.lock"
     flock 9
-    want=$( (cd "$module" && go version && sha256sum -- *.go go.mod go.sum) | sha256sum)
+    want=$( (cd "$module" && go version && find . -name "*.go" -o -name "go.*" | LC_ALL=C sort | xargs sha256sum --) | sha256sum)
     if [ ! -d "$out" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "building $name" >&2
         rm -rf "$out.new" "$stamp"

@@ -23,9 +23,9 @@ pub(super) struct Unpacking {
     limits: Limits,
     metadata_bytes: usize,
     inodes: Vec<Inode>,
-    /// Named directories that a later entry replaced, in the order of removal: containerd sets the times of all named
-    /// directories at the end, whatever is at their path then.
-    replaced: Vec<(Vec<u8>, Mtime)>,
+    /// What every directory's header calls it, and its time: containerd sets these times at the end, in the order of the
+    /// headers, on whatever the name leads to then.
+    directory_times: Vec<(Vec<u8>, Mtime)>,
 }
 
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Unpacking {
         if let Body::Directory(directory) = &mut root.body {
             directory.named = true;
         }
-        Self { limits, metadata_bytes: 0, inodes: vec![root], replaced: Vec::new() }
+        Self { limits, metadata_bytes: 0, inodes: vec![root], directory_times: Vec::new() }
     }
 
     /// Applies an entry whose bytes, if it has any, start at `offset` in the device.
@@ -99,7 +99,7 @@ impl Unpacking {
 
     /// The tree of all that was applied.
     pub(super) fn finish(mut self) -> Result<Tree, TarError> {
-        self.set_replaced_times()?;
+        self.set_directory_times()?;
         let mut entries: Vec<Entry> = Vec::new();
         let mut first_names: Vec<Option<usize>> = vec![None; self.inodes.len()];
         let mut open: Vec<(Vec<u8>, usize)> = vec![(Vec::new(), ROOT)];
@@ -162,8 +162,8 @@ impl Unpacking {
         }
         let existing = self.lookup(&place);
         let merges = header.type_flag == b'5' && existing.is_some_and(|inode| self.directory(inode).is_some());
-        if let Some(inode) = existing.filter(|_| !merges) {
-            self.remove(&place, inode)?;
+        if existing.is_some() && !merges {
+            self.remove(&place);
         }
         Ok(Some(place))
     }
@@ -176,6 +176,9 @@ impl Unpacking {
         if let Some(directory) = self.directory_mut(inode) {
             directory.named = true;
         }
+        let name = path::clean(&header.name);
+        self.charge(name.len())?;
+        self.directory_times.push((name, bounded(header.mtime)));
         self.set_attributes(inode, header, records)
     }
 
@@ -308,37 +311,25 @@ impl Unpacking {
         Ok(number)
     }
 
-    /// Removes what is at `place` with all that is in it.
-    fn remove(&mut self, place: &Place, inode: usize) -> Result<(), TarError> {
+    /// Removes what is at `place`. What was in it stays among the inodes, where no name leads to it.
+    fn remove(&mut self, place: &Place) {
         if let Some(directory) = self.directory_mut(place.directory) {
             directory.children.remove(&place.name);
         }
-        let mut open = vec![(place.path.clone(), inode)];
-        while let Some((path, number)) = open.pop() {
-            let Some(inode) = self.inodes.get_mut(number) else { continue };
-            let mtime = inode.mtime;
-            let Body::Directory(directory) = &mut inode.body else { continue };
-            let named = directory.named;
-            let children = std::mem::take(&mut directory.children);
-            open.extend(children.into_iter().map(|(name, child)| (joined(&path, &name), child)));
-            if named {
-                self.charge(path.len())?;
-                self.replaced.push((path, mtime));
-            }
-        }
-        Ok(())
     }
 
-    fn set_replaced_times(&mut self) -> Result<(), TarError> {
-        for (path, mtime) in std::mem::take(&mut self.replaced) {
-            let followed = self.follow(&path, &path)?;
-            let inode = self.find(&followed).and_then(|inode| self.inodes.get_mut(inode)).ok_or_else(|| {
-                unsupported(format!("its tar has the directory {} and removes it again", show(&path)))
+    fn set_directory_times(&mut self) -> Result<(), TarError> {
+        for (name, mtime) in std::mem::take(&mut self.directory_times) {
+            let path = self.follow(&name, &name)?;
+            let inode = self.find(&path).and_then(|inode| self.inodes.get_mut(inode)).ok_or_else(|| {
+                unsupported(format!("its tar has the directory {} and removes it again", show(&name)))
             })?;
             match &inode.body {
-                // A header after the removed one has said its time, or no header has and the layers below do.
-                Body::Directory(_) | Body::Other(Kind::Whiteout) => {}
-                Body::Other(_) => inode.mtime = mtime,
+                // No layer says anything of the root, and nobody sees the time of a whiteout; that of an implicit
+                // directory comes from the layers below.
+                _ if path.is_empty() => {}
+                Body::Directory(Directory { named: false, .. }) | Body::Other(Kind::Whiteout) => {}
+                _ => inode.mtime = mtime,
             }
         }
         Ok(())

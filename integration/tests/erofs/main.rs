@@ -1,105 +1,27 @@
 //! EROFS images against the kernel: mounted file-backed over their tar, and compared with what other programs unpack
 //! from the same tar.
 
+mod image;
+mod unpack;
+
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, lchown, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lab::compare::{compare, xattr, xattr_names};
 use layer::erofs::{ImageOptions, ImageSummary, Stack, write_image};
-use layer::tar::{Limits, Scanner};
 use layer::tree::Tree;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags, lsetxattr, utimensat};
 use tempfile::TempDir;
 
-/// A mount that ends with the test, however that ends.
-struct Mounted(PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if let Err(error) = umount2(&self.0, MntFlags::MNT_DETACH) {
-            eprintln!("cannot unmount {}: {error}", self.0.display());
-        }
-    }
-}
-
-/// Says why and is true where the machine cannot run these tests.
-fn skipped() -> bool {
-    lab::sandbox::machine_can().inspect_err(|reason| println!("skipped: {reason:#}")).is_err()
-}
-
-fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{command:?}: {stdout}{}", String::from_utf8_lossy(&output.stderr));
-    stdout
-}
-
-fn scan(device: &Path) -> Tree {
-    let bytes = fs::read(device).unwrap();
-    let mut scanner = Scanner::new(Limits::default());
-    for piece in bytes.chunks(100_000) {
-        scanner.push(piece).unwrap();
-    }
-    let tree = scanner.finish().unwrap();
-    Tree::validate(tree.entries().to_vec(), bytes.len() as u64).unwrap()
-}
-
-struct Image {
-    path: PathBuf,
-    device: PathBuf,
-    summary: ImageSummary,
-}
-
-impl Image {
-    /// Writes the image of `device` beside it; `lower` are the trees below, the uppermost first.
-    fn of(device: &Path, lower: &[&Tree]) -> Self {
-        let tree = scan(device);
-        let path = device.with_extension("erofs");
-        let options = ImageOptions {
-            device_size: fs::metadata(device).unwrap().len(),
-            bottom: lower.is_empty(),
-            uuid: *layer::Digest::of(device.as_os_str().as_bytes()).as_bytes().first_chunk().unwrap(),
-        };
-        let mut file = File::create(&path).unwrap();
-        let summary = write_image(&tree, &options, &Stack::new(lower), &mut file).unwrap();
-        file.flush().unwrap();
-        assert_eq!(file.metadata().unwrap().len(), summary.size);
-        Self { path, device: device.to_owned(), summary }
-    }
-
-    fn mount(&self, at: &Path) -> Mounted {
-        fs::create_dir_all(at).unwrap();
-        let options = format!("device={}", self.device.display());
-        mount(Some(&self.path), at, Some("erofs"), MsFlags::MS_RDONLY, Some(&options[..]))
-            .unwrap_or_else(|error| panic!("cannot mount {} on {}: {error}", self.path.display(), at.display()));
-        Mounted(at.to_owned())
-    }
-
-    /// fsck.erofs finds nothing, where it knows images with 512-byte blocks.
-    fn check(&self) {
-        let version = run(Command::new("fsck.erofs").arg("-V"));
-        let number = version.split_whitespace().find_map(|word| {
-            let (major, rest) = word.split_once('.')?;
-            let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-            Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-        });
-        if number < Some((1, 6)) {
-            println!("skipped: {} cannot read images with 512-byte blocks", version.trim());
-            return;
-        }
-        let device = format!("--device={}", self.device.display());
-        run(Command::new("fsck.erofs").args([&device, "--extract"]).arg(&self.path));
-        run(Command::new("dump.erofs").args([&device, "-s"]).arg(&self.path));
-    }
-}
+use self::image::{Image, Mounted, run, scan, skipped};
 
 fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds as _ };
@@ -144,7 +66,7 @@ fn build(root: &Path) {
         fs::hard_link(root.join("links/a"), root.join(name)).unwrap();
     }
     for len in [1, 60, 255, 384, 385, 447, 448, 449, 511, 512, 513, 1024, 4000, 4095] {
-        symlink("x/".repeat(len)[..len].to_owned(), root.join(format!("links/to-{len}"))).unwrap();
+        symlink(&"x/".repeat(len)[..len], root.join(format!("links/to-{len}"))).unwrap();
     }
     directory("special");
     let node = |name: &str, kind, major, minor| {
@@ -270,8 +192,11 @@ fn a_distribution_folder_is_as_gnu_tar_extracts_it() {
     }
 }
 
-/// Entries that no program makes from a folder, in the order given: path, type, contents or link target, PAX records.
-fn hand_made(archive: &Path, entries: &[(&str, tar::EntryType, &[u8], &[(&str, &[u8])])]) {
+/// Path, type, contents or link target, PAX records.
+type HandMade<'a> = (&'a str, tar::EntryType, &'a [u8], &'a [(&'a str, &'a [u8])]);
+
+/// Entries that no program makes from a folder, in the order given.
+fn hand_made(archive: &Path, entries: &[HandMade<'_>]) {
     let mut builder = tar::Builder::new(File::create(archive).unwrap());
     for (path, kind, contents, records) in entries {
         if !records.is_empty() {
@@ -345,7 +270,7 @@ fn layers_stack_under_overlayfs() {
             ("merged/above", T::Regular, b"above", &[("SCHILY.xattr.trusted.overlay.metacopy", b"")]),
         ],
     );
-    let lower_tree = scan(&at("bottom.tar"));
+    let lower_tree = scan(&at("bottom.tar")).unwrap();
     let bottom = Image::of(&at("bottom.tar"), &[]);
     let upper = Image::of(&at("upper.tar"), &[&lower_tree]);
     bottom.check();
@@ -425,7 +350,7 @@ fn extremes_mount() {
     let records: Vec<(String, &[u8])> = (0..3).map(|n| (format!("SCHILY.xattr.user.{n}"), &large[..])).collect();
     let records: Vec<(&str, &[u8])> = records.iter().map(|(name, value)| (&name[..], *value)).collect();
     hand_made(&archive, &[("file", tar::EntryType::Regular, b"contents", &records)]);
-    let mut entries = scan(&archive).into_entries();
+    let mut entries = scan(&archive).unwrap().into_entries();
     let mtime = layer::entry::Mtime { secs: -86_400, nanos: 250_000_000 };
     entries.iter_mut().for_each(|entry| entry.mtime = mtime);
     let device_size = fs::metadata(&archive).unwrap().len();
