@@ -160,3 +160,84 @@ async fn within_deadline<T>(call: impl Future<Output = Result<T, Status>>) -> Re
         .await
         .unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {DEADLINE:?}"))))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::Pin;
+
+    use proto::containerd::services::content::v1::content_server::{Content, ContentServer};
+    use tokio::net::UnixListener;
+    use tokio_stream::Stream;
+    use tokio_stream::wrappers::UnixListenerStream;
+    use tonic::Response;
+
+    use super::*;
+
+    const BLOB: &[u8] = b"{\"a\":1}";
+
+    /// Has [`BLOB`] in the namespace `here`, and other bytes under the digest of "lie".
+    struct Fake;
+
+    impl Fake {
+        fn find<T>(request: &Request<T>, digest: &str) -> Result<&'static [u8], Status> {
+            let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+            if namespace != Some("here") || request.metadata().get("grpc-timeout").is_none() {
+                return Err(Status::not_found("content: not found"));
+            }
+            match digest {
+                digest if digest == Digest::of(BLOB).to_string() => Ok(BLOB),
+                digest if digest == Digest::of(b"lie").to_string() => Ok(b"truth"),
+                _ => Err(Status::not_found("content: not found")),
+            }
+        }
+    }
+
+    type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+    #[tonic::async_trait]
+    impl Content for Fake {
+        type ListStream = Parts<wire::ListContentResponse>;
+        type ReadStream = Parts<wire::ReadContentResponse>;
+
+        async fn info(&self, request: Request<wire::InfoRequest>) -> Result<Response<wire::InfoResponse>, Status> {
+            let bytes = Self::find(&request, &request.get_ref().digest)?;
+            let labels = HashMap::from([("containerd.io/distribution.source.r".to_owned(), "a".to_owned())]);
+            let digest = request.into_inner().digest;
+            let info = wire::Info { digest, size: bytes.len() as i64, labels, ..Default::default() };
+            Ok(Response::new(wire::InfoResponse { info: Some(info) }))
+        }
+
+        async fn list(&self, _: Request<wire::ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
+            Err(Status::unimplemented("not asked for"))
+        }
+
+        async fn read(&self, request: Request<wire::ReadContentRequest>) -> Result<Response<Self::ReadStream>, Status> {
+            let bytes = Self::find(&request, &request.get_ref().digest)?;
+            let parts = bytes.chunks(3).map(|part| Ok(wire::ReadContentResponse { offset: 0, data: part.into() }));
+            Ok(Response::new(Box::pin(tokio_stream::iter(parts.collect::<Vec<_>>()))))
+        }
+    }
+
+    #[tokio::test]
+    async fn reads_only_what_is_there_small_and_true() {
+        let folder = tempfile::tempdir().expect("temporary directory");
+        let socket = folder.path().join("containerd.sock");
+        let store = ContentStore::connect(&socket);
+        let digest = Digest::of(BLOB);
+        assert!(matches!(store.info("here", digest).await, Err(ContentError::Call { .. })), "nobody listens yet");
+
+        let incoming = UnixListenerStream::new(UnixListener::bind(&socket).expect("listens"));
+        let server = tonic::transport::Server::builder().add_service(ContentServer::new(Fake));
+        let server = tokio::spawn(server.serve_with_incoming(incoming));
+
+        let info = store.info("here", digest).await.expect("asks").expect("is there");
+        assert_eq!((info.size, info.labels["containerd.io/distribution.source.r"].as_str()), (7, "a"));
+        assert_eq!(store.info("elsewhere", digest).await.expect("asks"), None);
+        assert_eq!(store.read("here", digest, 7).await.expect("reads").as_deref(), Some(BLOB));
+        assert_eq!(store.read("elsewhere", digest, 7).await.expect("asks"), None);
+        assert!(matches!(store.read("here", digest, 6).await, Err(ContentError::TooLarge { size: 7, .. })));
+        assert!(matches!(store.read("here", Digest::of(b"lie"), 99).await, Err(ContentError::Digest { .. })));
+        assert!(matches!(store.info("line\nbreak", digest).await, Err(ContentError::Namespace { .. })));
+        server.abort();
+    }
+}
