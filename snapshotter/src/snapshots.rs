@@ -6,7 +6,7 @@
 //!
 //! - [`record`]: what is stored of a snapshot.
 //! - [`records`]: the records in one redb file; containerd's rules on keys, parents and kinds.
-//! - [`directories`]: `<root>/snapshots/<id>/{fs,work}`.
+//! - [`directories`] of ordinary snapshots: `fs` and `work` in `<root>/snapshots/<id>`.
 //! - [`mounts`]: what containerd must mount to see a snapshot.
 //! - [`release`]: which lazy layers nobody refers to any more, safely against snapshots just being made of them.
 //! - [`store`]: all of these together, in crash order.

@@ -244,7 +244,7 @@ mod tests {
         const DEPTH: usize = 3000;
         let (_root, directories) = open();
         directories.create(1, Kind::Active, None).expect("creates");
-        let mut at = open_directory(rustix::fs::CWD, &directories.files(1)).expect("opens");
+        let mut at = open_directory(rustix::fs::CWD, directories.files(1)).expect("opens");
         for _ in 0..DEPTH {
             rustix::fs::mkdirat(&at, "deep", Mode::RWXU).expect("creates");
             rustix::fs::mkdirat(&at, "beside", Mode::RWXU).expect("creates");
