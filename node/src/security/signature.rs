@@ -79,9 +79,21 @@ impl Signer {
         Ok(Signed { signature: signature.as_ref().to_vec(), certificates: self.certificates.clone() })
     }
 
-    /// Whether `signed` was made with this signer's certificate.
+    /// Whether `signed` names this signer's certificate.
     pub fn made(&self, signed: &Signed) -> bool {
-        !signed.signature.is_empty() && signed.certificates == self.certificates
+        signed.certificates == self.certificates
+    }
+}
+
+impl Signed {
+    /// Whether the first certificate's key signed `statement`, whoever that is. It tells damage from bytes that this
+    /// machine wrote itself; whether to believe the signer is [`Verifier::verify`]'s question.
+    pub fn fits(&self, statement: &[u8]) -> bool {
+        let Some(leaf) = self.certificates.first() else { return false };
+        let leaf = CertificateDer::from(leaf.as_slice());
+        webpki::EndEntityCert::try_from(&leaf).is_ok_and(|leaf| {
+            leaf.verify_signature(webpki::aws_lc_rs::ECDSA_P256_SHA256, statement, &self.signature).is_ok()
+        })
     }
 }
 

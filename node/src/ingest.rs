@@ -1,0 +1,542 @@
+//! Ingest: one download of a blob becomes a known layer, however many ask for it.
+//!
+//! - [`store`]: what is kept on disk.
+//! - [`frames`]: the wire forms of a layer's chunks.
+//! - [`encode`]: the threads that make them.
+//! - [`known`]: a layer that was ingested.
+//! - [`pass`]: the one pass over a blob.
+//! - [`serving`]: index sections and chunks for other machines.
+//! - [`control`]: the gRPC service that starts an ingest.
+
+pub mod control;
+pub mod encode;
+pub mod frames;
+pub mod known;
+mod pass;
+mod serving;
+pub mod store;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use layer::index::statement;
+use layer::{Digest, ingest as layer_ingest};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, mpsc, watch};
+
+use self::encode::EncodePool;
+use self::frames::Frames;
+use self::known::Known;
+use self::pass::{Pass, PassError};
+use self::store::{IncomingBlob, Store};
+use crate::registry::{self, RegistryError};
+use crate::security::{Signed, Signer};
+use crate::source::BlobRef;
+
+/// Pieces of a blob between the network and the pass over it: some MiB, so that neither waits for the other's jitter.
+const PIECES_MAX: usize = 64;
+/// How long a failure is the answer to everyone who asks, before it is tried again: so that a thousand nodes that ask
+/// again at once do not become a thousand requests to a registry in trouble.
+const FAILURE_REST: Duration = Duration::from_secs(2);
+/// Tries without a single new byte before a download is given up.
+const TRIES_MAX: u32 = 5;
+/// Pause after the first failed try; it doubles.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// The longest rest of a registry that a download sits out.
+const REST_MAX: Duration = Duration::from_secs(30);
+/// The most ingests that wait or run.
+const FLIGHTS_MAX: usize = 4096;
+
+/// How to ingest.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Blobs that are ingested at the same time. More of them finish later each, and the node that waits for an image
+    /// needs all its layers.
+    pub concurrent: usize,
+    /// Threads that encode chunks, and chunks that are made again from blobs at the same time.
+    pub encode_threads: usize,
+    /// Largest blob to take, in bytes.
+    pub blob_size_max: u64,
+    /// What the index is made with.
+    pub layer: layer_ingest::Options,
+}
+
+impl Default for Options {
+    /// 3 at a time, a thread for each core, 64 GiB.
+    fn default() -> Self {
+        Self {
+            concurrent: 3,
+            encode_threads: std::thread::available_parallelism().map_or(1, usize::from).min(16),
+            blob_size_max: 64 << 30,
+            layer: layer_ingest::Options::default(),
+        }
+    }
+}
+
+/// How far an ingest is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of the blob that were read.
+    pub blob_read: u64,
+    /// Its size; 0 while unknown.
+    pub blob_size: u64,
+    /// Bytes of the device that came of them.
+    pub device_read: u64,
+}
+
+/// Where an ingest stands.
+#[derive(Clone, Debug)]
+pub enum Phase {
+    /// Waiting for its turn or reading.
+    Running(Progress),
+    /// Done.
+    Ready(Arc<Known>),
+    /// The layer cannot be lazy, and why.
+    Unsupported(String),
+    /// It failed; the next who asks starts it anew.
+    Failed(IngestFailure),
+}
+
+/// Why an ingest failed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum IngestFailure {
+    /// The registry did not give the blob.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The registry gave something else.
+    #[error("{blob}: {reason}")]
+    WrongBlob {
+        /// The blob.
+        blob: String,
+        /// What came.
+        reason: String,
+    },
+    /// The disk failed.
+    #[error("cannot store {blob}: {reason}")]
+    Store {
+        /// The blob.
+        blob: String,
+        /// Why not.
+        reason: String,
+    },
+    /// Too many ingests wait.
+    #[error("{FLIGHTS_MAX} ingests are waiting already")]
+    TooMany,
+}
+
+/// Ingests blobs and keeps the layers that come of them. Cheap to clone.
+#[derive(Clone)]
+pub struct Ingester {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Store,
+    registry: registry::Client,
+    signer: Option<Signer>,
+    options: Options,
+    encode: EncodePool,
+    /// Permits to run an ingest.
+    turns: Semaphore,
+    /// Permits to make chunks again from a blob.
+    refills: Semaphore,
+    flights: Mutex<HashMap<Digest, Arc<Flight>>>,
+    layers: tokio::sync::Mutex<HashMap<Digest, Arc<Known>>>,
+}
+
+/// One ingest, shared by all who ask for its blob.
+#[derive(Debug)]
+pub struct Flight {
+    phase: watch::Sender<Phase>,
+    frames: watch::Sender<Option<Arc<Frames>>>,
+    ended: Mutex<Option<Instant>>,
+}
+
+impl Flight {
+    /// Where it stands, now and whenever that changes.
+    pub fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
+    }
+
+    /// The chunks made so far; `None` while it waits for its turn.
+    pub fn frames(&self) -> Option<Arc<Frames>> {
+        self.frames.borrow().clone()
+    }
+}
+
+impl std::fmt::Debug for Ingester {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ingester").field("store", &self.shared.store.root()).finish_non_exhaustive()
+    }
+}
+
+impl Ingester {
+    /// An ingester on `store`. Without `signer` the indexes are not signed.
+    pub fn new(store: Store, registry: registry::Client, signer: Option<Signer>, options: Options) -> io::Result<Self> {
+        let shared = Shared {
+            store,
+            registry,
+            signer,
+            options,
+            encode: EncodePool::new(options.encode_threads)?,
+            turns: Semaphore::new(options.concurrent.max(1)),
+            refills: Semaphore::new(options.encode_threads.max(1)),
+            flights: Mutex::default(),
+            layers: tokio::sync::Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The registries that blobs come from.
+    pub fn registry(&self) -> &registry::Client {
+        &self.shared.registry
+    }
+
+    /// Starts to ingest `blob` unless it is known or under way. The ingest goes on when nobody waits any more: somebody
+    /// will ask again.
+    pub async fn ask(&self, blob: &BlobRef) -> Result<watch::Receiver<Phase>, IngestFailure> {
+        // The first lock is held to the end: an ingest puts its layer among the known ones before it leaves the flights,
+        // and nobody else begins one meanwhile. The disk is looked at last, since most who ask do so together.
+        let mut layers = self.shared.layers.lock().await;
+        if let Some(known) = layers.get(&blob.digest) {
+            return Ok(watch::Sender::new(Phase::Ready(Arc::clone(known))).subscribe());
+        }
+        if let Some(flight) = self.flight(blob.digest)
+            && !flight.may_start_anew()
+        {
+            return Ok(flight.phase());
+        }
+        if let Some(known) = self.known_in(&mut layers, blob.digest).await {
+            return Ok(watch::Sender::new(Phase::Ready(known)).subscribe());
+        }
+        let mut flights = self.shared.flights.lock();
+        if flights.len() >= FLIGHTS_MAX {
+            flights.retain(|_, flight| flight.ended.lock().is_none());
+            if flights.len() >= FLIGHTS_MAX {
+                return Err(IngestFailure::TooMany);
+            }
+        }
+        let progress = Progress { blob_size: blob.size, ..Progress::default() };
+        let flight = Arc::new(Flight {
+            phase: watch::Sender::new(Phase::Running(progress)),
+            frames: watch::Sender::new(None),
+            ended: Mutex::new(None),
+        });
+        flights.insert(blob.digest, Arc::clone(&flight));
+        drop(flights);
+        let phase = flight.phase();
+        tokio::spawn(self.clone().fly(blob.clone(), flight));
+        Ok(phase)
+    }
+
+    /// The layer of `blob`, where it is known.
+    pub async fn known(&self, blob: Digest) -> Option<Arc<Known>> {
+        let mut layers = self.shared.layers.lock().await;
+        self.known_in(&mut layers, blob).await
+    }
+
+    /// The lock is held over the loading: two copies of one layer would write over each other's frames.
+    async fn known_in(&self, layers: &mut HashMap<Digest, Arc<Known>>, blob: Digest) -> Option<Arc<Known>> {
+        if let Some(known) = layers.get(&blob) {
+            return Some(Arc::clone(known));
+        }
+        let shared = Arc::clone(&self.shared);
+        let known = tokio::task::spawn_blocking(move || shared.load(blob)).await.ok()??;
+        layers.insert(blob, Arc::clone(&known));
+        Some(known)
+    }
+
+    /// Forgets a layer whose blob or index turned out to be damaged; the next who asks starts its ingest anew.
+    async fn forget(&self, blob: Digest) {
+        let mut layers = self.shared.layers.lock().await;
+        layers.remove(&blob);
+        let shared = Arc::clone(&self.shared);
+        if let Err(error) = blocking(move || shared.store.forget(blob)).await {
+            tracing::error!(%blob, %error, "cannot remove a damaged layer");
+        }
+    }
+
+    /// The ingest of `blob` that is under way.
+    pub fn flight(&self, blob: Digest) -> Option<Arc<Flight>> {
+        self.shared.flights.lock().get(&blob).map(Arc::clone)
+    }
+
+    /// Writes down where the frames are that were made again. To be called before an orderly end.
+    pub async fn save(&self) {
+        let layers: Vec<_> = self.shared.layers.lock().await.values().map(Arc::clone).collect();
+        let _ = tokio::task::spawn_blocking(move || {
+            for known in layers.iter().filter(|known| known.frames().is_unsaved()) {
+                if let Err(error) = known.frames().save() {
+                    tracing::warn!(blob = %known.header().blob(), %error, "cannot save the table of wire forms");
+                }
+            }
+        })
+        .await;
+    }
+
+    /// Runs one ingest to its end and tells it everyone.
+    async fn fly(self, blob: BlobRef, flight: Arc<Flight>) {
+        let _turn = self.shared.turns.acquire().await;
+        let started = Instant::now();
+        tracing::info!(%blob, size = blob.size, "ingest starts");
+        let end = match self.ingest(&blob, &flight).await {
+            Ok(known) => {
+                self.shared.layers.lock().await.insert(blob.digest, Arc::clone(&known));
+                let seconds = started.elapsed().as_secs_f64();
+                let size = known.header().blob_size();
+                tracing::info!(
+                    %blob, size, device_size = known.header().device_size(), seconds = format!("{seconds:.2}"),
+                    "MB/s" = format!("{:.1}", size as f64 / 1e6 / seconds.max(1e-3)), "ingest ends"
+                );
+                Phase::Ready(known)
+            }
+            Err(Ended::Unsupported(reason)) => {
+                tracing::warn!(%blob, reason, "the layer cannot be lazy");
+                Phase::Unsupported(reason)
+            }
+            Err(Ended::Failed(error)) => {
+                tracing::error!(%blob, error = %error, "ingest fails");
+                Phase::Failed(error)
+            }
+        };
+        *flight.ended.lock() = Some(Instant::now());
+        let is_known = matches!(end, Phase::Ready(_));
+        flight.phase.send_replace(end);
+        if is_known {
+            self.shared.flights.lock().remove(&blob.digest);
+        }
+    }
+
+    async fn ingest(&self, blob: &BlobRef, flight: &Flight) -> Result<Arc<Known>, Ended> {
+        let in_store = |error: io::Error| Ended::store(blob, &error);
+        let mut resume = true;
+        loop {
+            let shared = Arc::clone(&self.shared);
+            let digest = blob.digest;
+            let prepared = blocking(move || shared.prepare(digest, resume)).await.map_err(in_store)?;
+            let resumed = prepared.blob_here > 0;
+            match self.attempt(blob, flight, prepared).await {
+                // The blob's beginning from an earlier ingest may be what is wrong: a power failure can tear it.
+                Err(Ended::Failed(IngestFailure::WrongBlob { .. }) | Ended::Unsupported(_)) if resumed && resume => {
+                    resume = false;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn attempt(&self, blob: &BlobRef, flight: &Flight, prepared: Prepared) -> Result<Arc<Known>, Ended> {
+        let Prepared { incoming, frames, has_blob, blob_here } = prepared;
+        flight.frames.send_replace(Some(Arc::clone(&frames)));
+        let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let pass = Pass {
+            blob: blob.clone(),
+            path: if has_blob { self.shared.store.blob_path(blob.digest) } else { incoming.blob_path() },
+            blob_here,
+            is_whole: has_blob,
+            pieces,
+            batch: self.shared.encode.batch(Arc::clone(&frames)),
+            phase: flight.phase.clone(),
+            options: self.shared.options.layer,
+        };
+        let pass = tokio::task::spawn_blocking(move || pass.run());
+        let downloaded = match has_blob {
+            true => {
+                drop(sender);
+                Ok(())
+            }
+            false => self.download(blob, blob_here, sender, &flight.phase).await,
+        };
+        let passed = pass.await.map_err(|error| Ended::store(blob, &io::Error::other(error)))?;
+        let index = match (downloaded, passed) {
+            // A pass that stopped by itself closes the channel, so the download's end says nothing then.
+            (_, Err(PassError::Stopped(end))) => {
+                let _ = blocking(move || incoming.remove()).await;
+                return Err(end);
+            }
+            (_, Err(PassError::Disk(error))) => return Err(Ended::store(blob, &error)),
+            // The incoming blob stays: the next try goes on with it.
+            (Err(error), _) => return Err(Ended::Failed(error)),
+            (Ok(()), Ok(pass)) => match pass.finish() {
+                Ok(index) => index,
+                Err(end) => {
+                    let _ = blocking(move || incoming.remove()).await;
+                    return Err(end);
+                }
+            },
+        };
+        let shared = Arc::clone(&self.shared);
+        let published = blocking(move || {
+            let signed = match &shared.signer {
+                None => Signed::default(),
+                Some(signer) => signer.sign(&statement(&index.header)).map_err(io::Error::other)?,
+            };
+            shared.store.publish(&incoming, has_blob, &frames, &index, &signed)?;
+            Ok(Arc::new(Known::new(&shared.store, index.header, signed, frames)))
+        });
+        published.await.map_err(|error| Ended::store(blob, &error))
+    }
+
+    /// Sends the blob's bytes from `start` on. A connection that breaks is made again from where it broke.
+    async fn download(
+        &self,
+        blob: &BlobRef,
+        start: u64,
+        pieces: mpsc::Sender<Bytes>,
+        phase: &watch::Sender<Phase>,
+    ) -> Result<(), IngestFailure> {
+        let (mut at, mut tries) = (start, 0);
+        loop {
+            let before = at;
+            let error = match self.download_on(blob, &mut at, &pieces, phase).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            tries = if at > before { 1 } else { tries + 1 };
+            let pause = match &error {
+                RegistryError::Busy { retry_after: Some(rest), .. } if *rest <= REST_MAX => *rest,
+                _ => RETRY_PAUSE * 2u32.pow(tries.min(5)),
+            };
+            if !error.is_transient() || tries >= TRIES_MAX || pieces.is_closed() {
+                return Err(error.into());
+            }
+            tracing::debug!(%blob, at, %error, "the download is taken up again");
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn download_on(
+        &self,
+        blob: &BlobRef,
+        at: &mut u64,
+        pieces: &mpsc::Sender<Bytes>,
+        phase: &watch::Sender<Phase>,
+    ) -> Result<(), RegistryError> {
+        if blob.size > 0 && *at == blob.size {
+            return Ok(());
+        }
+        let mut body = self.shared.registry.blob(blob, *at, None).await?;
+        let max = self.shared.options.blob_size_max;
+        let too_large = || RegistryError::Protocol {
+            host: blob.registry.clone(),
+            reason: format!("{blob} is larger than {max} bytes, the limit of this seeder"),
+        };
+        if let Some(total) = body.total() {
+            if total > max {
+                return Err(too_large());
+            }
+            phase.send_if_modified(|phase| match phase {
+                Phase::Running(progress) if progress.blob_size != total => {
+                    progress.blob_size = total;
+                    true
+                }
+                _ => false,
+            });
+        }
+        while let Some(bytes) = body.next().await? {
+            *at += bytes.len() as u64;
+            if *at > max {
+                return Err(too_large());
+            }
+            if pieces.send(bytes).await.is_err() {
+                // The pass stopped and says why.
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What an attempt starts from.
+struct Prepared {
+    incoming: IncomingBlob,
+    frames: Arc<Frames>,
+    /// The whole blob stands in the store: no network is needed.
+    has_blob: bool,
+    /// Bytes of the blob that are on disk.
+    blob_here: u64,
+}
+
+impl Shared {
+    fn prepare(&self, blob: Digest, resume: bool) -> io::Result<Prepared> {
+        let incoming = self.store.begin(blob)?;
+        let frames = Arc::new(incoming.frames()?);
+        let whole = std::fs::metadata(self.store.blob_path(blob)).ok().filter(|_| resume);
+        if let Some(whole) = whole {
+            return Ok(Prepared { incoming, frames, has_blob: true, blob_here: whole.len() });
+        }
+        let path = incoming.blob_path();
+        if !resume {
+            std::fs::File::create(&path)?;
+        }
+        let blob_here = match std::fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        Ok(Prepared { incoming, frames, has_blob: false, blob_here })
+    }
+
+    /// Loads a stored layer and makes sure that its signature is of today's key.
+    fn load(&self, blob: Digest) -> Option<Arc<Known>> {
+        let stored = self.store.index(blob)?;
+        let statement = statement(&stored.header);
+        if !stored.signed.signature.is_empty() && !stored.signed.fits(&statement) {
+            tracing::error!(%blob, "a stored index does not fit its signature; the layer is ingested again when asked for");
+            return None;
+        }
+        let signed = match &self.signer {
+            None => Signed::default(),
+            Some(signer) if signer.made(&stored.signed) => stored.signed,
+            Some(signer) => {
+                let signed = signer.sign(&statement).ok()?;
+                if let Err(error) = self.store.write_signed(blob, &signed) {
+                    tracing::warn!(%blob, %error, "cannot store the new signature of an index");
+                }
+                signed
+            }
+        };
+        match self.store.frames(blob) {
+            Ok(frames) => Some(Arc::new(Known::new(&self.store, stored.header, signed, Arc::new(frames)))),
+            Err(error) => {
+                tracing::error!(%blob, %error, "cannot open the wire forms of a layer");
+                None
+            }
+        }
+    }
+}
+
+impl Flight {
+    fn may_start_anew(&self) -> bool {
+        let rested = self.ended.lock().is_some_and(|at| at.elapsed() >= FAILURE_REST);
+        match &*self.phase.borrow() {
+            Phase::Running(_) | Phase::Unsupported(_) => false,
+            Phase::Failed(_) => rested,
+            // Known layers are found before flights; this one was forgotten since.
+            Phase::Ready(_) => true,
+        }
+    }
+}
+
+/// How an ingest ends without a layer.
+#[derive(Debug)]
+enum Ended {
+    Unsupported(String),
+    Failed(IngestFailure),
+}
+
+impl Ended {
+    fn store(blob: &BlobRef, error: &io::Error) -> Self {
+        Self::Failed(IngestFailure::Store { blob: blob.to_string(), reason: error.to_string() })
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

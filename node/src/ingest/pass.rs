@@ -1,0 +1,136 @@
+//! The one pass over a blob, on a blocking thread: write it down, prove it, find the index, hand chunks to be encoded.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use layer::index::{Compression, Index};
+use layer::ingest::{Ingest, IngestError, Options};
+use tokio::sync::{mpsc, watch};
+
+use super::encode::Batch;
+use super::{Ended, IngestFailure, Phase};
+use crate::source::BlobRef;
+
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(50);
+/// Bytes that are read from a file at a time.
+const READ_LEN: usize = 256 << 10;
+
+/// What the pass works with.
+pub(super) struct Pass {
+    pub(super) blob: BlobRef,
+    /// The file of the blob.
+    pub(super) path: PathBuf,
+    /// Bytes of the blob that the file holds already.
+    pub(super) blob_here: u64,
+    /// They are all of it.
+    pub(super) is_whole: bool,
+    /// The rest, from the network.
+    pub(super) pieces: mpsc::Receiver<Bytes>,
+    pub(super) batch: Batch,
+    pub(super) phase: watch::Sender<Phase>,
+    pub(super) options: Options,
+}
+
+/// Why a pass stopped before the end of its input.
+pub(super) enum PassError {
+    /// Going on is useless.
+    Stopped(Ended),
+    /// The disk failed.
+    Disk(io::Error),
+}
+
+impl From<io::Error> for PassError {
+    fn from(error: io::Error) -> Self {
+        Self::Disk(error)
+    }
+}
+
+/// A pass whose input ended.
+pub(super) struct Passed {
+    blob: BlobRef,
+    result: Result<Index, IngestError>,
+}
+
+impl Pass {
+    /// Reads everything and waits for the chunks to be encoded. Whether the input was the whole blob is for
+    /// [`Passed::finish`] to say.
+    pub(super) fn run(mut self) -> Result<Passed, PassError> {
+        let blob = self.blob.clone();
+        let compression = Compression::of_media_type(&blob.media_type);
+        // The size is what somebody asked with; the digest decides what the blob is.
+        let ingest = Ingest::new(blob.digest, None, compression, self.options);
+        let mut ingest = ingest.map_err(io::Error::other)?;
+        let mut told = Instant::now();
+
+        if self.blob_here > 0 {
+            let mut file = File::open(&self.path)?;
+            let mut buffer = vec![0; READ_LEN];
+            loop {
+                let read = file.read(&mut buffer)?;
+                if read == 0 {
+                    break;
+                }
+                self.take(&mut ingest, buffer.get(..read).unwrap_or_default(), &mut told)?;
+            }
+        }
+        if !self.is_whole {
+            let mut file = OpenOptions::new().append(true).create(true).open(&self.path)?;
+            while let Some(bytes) = self.pieces.blocking_recv() {
+                file.write_all(&bytes)?;
+                self.take(&mut ingest, &bytes, &mut told)?;
+            }
+        }
+        self.tell(&ingest);
+        let result = ingest.finish(&mut |chunk, plain, _| self.batch.push(chunk, plain));
+        self.batch.finish()?;
+        Ok(Passed { blob, result })
+    }
+
+    fn take(&mut self, ingest: &mut Ingest, bytes: &[u8], told: &mut Instant) -> Result<(), PassError> {
+        let pushed = ingest.push(bytes, &mut |chunk, plain, _| self.batch.push(chunk, plain));
+        pushed.map_err(|error| PassError::Stopped(ended(&self.blob, &error)))?;
+        // Wrong bytes look like broken content, but either way there will be no index: who waits learns it now.
+        if let Some(failure) = ingest.failure() {
+            return Err(PassError::Stopped(ended(&self.blob, &failure)));
+        }
+        if self.batch.has_failed() {
+            return Err(PassError::Disk(io::Error::other("the wire forms of its chunks cannot be written")));
+        }
+        if told.elapsed() >= TELL_EVERY {
+            *told = Instant::now();
+            self.tell(ingest);
+        }
+        Ok(())
+    }
+
+    fn tell(&self, ingest: &Ingest) {
+        self.phase.send_modify(|phase| {
+            if let Phase::Running(progress) = phase {
+                progress.blob_read = ingest.blob_read();
+                progress.device_read = ingest.device_read();
+            }
+        });
+    }
+}
+
+impl Passed {
+    /// The index, if the input was the blob.
+    pub(super) fn finish(self) -> Result<Index, Ended> {
+        self.result.map_err(|error| ended(&self.blob, &error))
+    }
+}
+
+fn ended(blob: &BlobRef, error: &IngestError) -> Ended {
+    match error {
+        IngestError::WrongBlob { .. } | IngestError::WrongSize { .. } => {
+            let reason = format!("the registry sent wrong bytes: {error}");
+            Ended::Failed(IngestFailure::WrongBlob { blob: blob.to_string(), reason })
+        }
+        IngestError::Unsupported { reason, .. } => Ended::Unsupported(reason.clone()),
+        IngestError::Inflate { .. } | IngestError::Tar { .. } => Ended::Unsupported(error.to_string()),
+    }
+}

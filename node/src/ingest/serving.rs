@@ -1,0 +1,193 @@
+//! Sections and chunks of known layers, and chunks of layers that are being ingested, for other machines.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use layer::index::Section;
+use layer::{ChunkIndex, Digest};
+use tokio::sync::watch;
+
+use super::frames::Frames;
+use super::known::Known;
+use super::{Ingester, Phase};
+use crate::serve::{ByteStream, Frames as FramesBody, LayerServer, SectionBody, ServeError};
+use crate::source::BoxFuture;
+
+/// Bytes of frames that are read and handed to the network at a time.
+const BATCH_LEN: usize = 512 << 10;
+
+impl LayerServer for Ingester {
+    fn header(&self, blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>> {
+        Box::pin(async move {
+            let known = self.served(blob).await?;
+            Ok(Bytes::copy_from_slice(&known.header().encode()))
+        })
+    }
+
+    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+        Box::pin(async move {
+            let known = self.served(blob).await?;
+            let size = known.header().section(section).size;
+            let opened = super::blocking(move || known.open_section(section)).await;
+            let file = opened.map_err(|error| ServeError::Failed(format!("{section}: {error}")))?;
+            Ok(SectionBody { file: Arc::new(file), size })
+        })
+    }
+
+    fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
+        Box::pin(async move {
+            if let Some(frames) = self.running(blob) {
+                let len = frames.wire_len(run.clone()).ok_or(ServeError::NotYet)?;
+                return Ok(FramesBody { len: Some(len), chunk_log2: None, stream: made(frames, run) });
+            }
+            let known = self.served(blob).await?;
+            if !known.has_run(&run) {
+                return Err(ServeError::OutOfRange);
+            }
+            let chunk_log2 = Some(known.header().geometry().chunk_log2());
+            let len = known.frames().wire_len(run.clone());
+            Ok(FramesBody { len, chunk_log2, stream: self.known_frames(known, run) })
+        })
+    }
+
+    fn follow(&self, blob: Digest) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
+        Box::pin(async move {
+            if let Some(flight) = self.flight(blob)
+                && let Some(frames) = flight.frames()
+            {
+                let phase = flight.phase();
+                let is_over = matches!(*phase.borrow(), Phase::Failed(_) | Phase::Unsupported(_));
+                if !is_over {
+                    let chunk_log2 = Some(self.shared.options.layer.chunk_log2);
+                    let stream = followed(frames, phase);
+                    return Ok(FramesBody { len: None, chunk_log2, stream });
+                }
+            }
+            let known = self.served(blob).await?;
+            let geometry = known.header().geometry();
+            let stream = self.known_frames(known, geometry.chunks());
+            Ok(FramesBody { len: None, chunk_log2: Some(geometry.chunk_log2()), stream })
+        })
+    }
+}
+
+impl Ingester {
+    async fn served(&self, blob: Digest) -> Result<Arc<Known>, ServeError> {
+        match self.known(blob).await {
+            Some(known) => Ok(known),
+            None if self.running(blob).is_some() => Err(ServeError::NotYet),
+            None => Err(ServeError::Unknown),
+        }
+    }
+
+    /// The chunks of an ingest under way.
+    fn running(&self, blob: Digest) -> Option<Arc<Frames>> {
+        let flight = self.flight(blob)?;
+        let is_running = matches!(*flight.phase().borrow(), Phase::Running(_));
+        is_running.then(|| flight.frames()).flatten()
+    }
+
+    /// The frames of a run of a known layer; missing ones are made again on the way.
+    fn known_frames(&self, known: Arc<Known>, run: Range<u32>) -> ByteStream {
+        let ingester = self.clone();
+        let frames = stream::try_unfold(run, move |run| {
+            let (ingester, known) = (ingester.clone(), Arc::clone(&known));
+            async move {
+                if run.is_empty() {
+                    return Ok(None);
+                }
+                if !known.frames().has(ChunkIndex(run.start)) {
+                    ingester.refill(&known, ChunkIndex(run.start)).await?;
+                }
+                let (bytes, next) = read_batch(known.frames(), run.clone()).await?;
+                Ok(Some((bytes, next..run.end)))
+            }
+        });
+        // A frame that the disk lost gives an empty batch once, and is made again by the next turn.
+        frames.filter(|batch| std::future::ready(!batch.as_ref().is_ok_and(Bytes::is_empty))).boxed()
+    }
+
+    async fn refill(&self, known: &Arc<Known>, chunk: ChunkIndex) -> io::Result<()> {
+        let blob = known.header().blob();
+        let made = known.refill(chunk, &self.shared.refills).await;
+        if let Err(error) = &made {
+            tracing::error!(%blob, %chunk, %error, "cannot make a wire form again");
+            if matches!(
+                error.kind(),
+                io::ErrorKind::InvalidData | io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
+            ) {
+                self.forget(blob).await;
+            }
+        }
+        made
+    }
+}
+
+/// Frames that are there.
+fn made(frames: Arc<Frames>, run: Range<u32>) -> ByteStream {
+    stream::try_unfold(run, move |run| {
+        let frames = Arc::clone(&frames);
+        async move {
+            if run.is_empty() {
+                return Ok(None);
+            }
+            let (bytes, next) = read_batch(&frames, run.clone()).await?;
+            match next > run.start {
+                true => Ok(Some((bytes, next..run.end))),
+                false => Err(io::Error::other(format!("the frame of chunk {next} is damaged"))),
+            }
+        }
+    })
+    .boxed()
+}
+
+/// All frames from 0 on as they come, until the ingest is over.
+fn followed(frames: Arc<Frames>, phase: watch::Receiver<Phase>) -> ByteStream {
+    let front = frames.front();
+    stream::try_unfold((0, front, phase), move |(next, mut front, mut phase)| {
+        let frames = Arc::clone(&frames);
+        async move {
+            loop {
+                // The phase is looked at first: what was there when the ingest was over is all there is.
+                let end = match &*phase.borrow_and_update() {
+                    Phase::Running(_) => None,
+                    Phase::Ready(known) => Some(known.header().geometry().chunk_count()),
+                    Phase::Unsupported(reason) => return Err(io::Error::other(reason.clone())),
+                    Phase::Failed(error) => return Err(io::Error::other(error.to_string())),
+                };
+                let here = *front.borrow_and_update();
+                if next < here {
+                    let (bytes, reached) = read_batch(&frames, next..here).await?;
+                    return match reached > next {
+                        true => Ok(Some((bytes, (reached, front, phase)))),
+                        false => Err(io::Error::other(format!("the frame of chunk {next} is damaged"))),
+                    };
+                }
+                if let Some(end) = end {
+                    return match next == end {
+                        true => Ok(None),
+                        false => Err(io::Error::other(format!("only {next} of {end} chunks are there"))),
+                    };
+                }
+                tokio::select! {
+                    changed = front.changed() => changed.map_err(io::Error::other)?,
+                    changed = phase.changed() => changed.map_err(io::Error::other)?,
+                }
+            }
+        }
+    })
+    .boxed()
+}
+
+async fn read_batch(frames: &Arc<Frames>, run: Range<u32>) -> io::Result<(Bytes, u32)> {
+    let frames = Arc::clone(frames);
+    super::blocking(move || {
+        let mut out = Vec::new();
+        let next = frames.read(run, BATCH_LEN, &mut out)?;
+        Ok((Bytes::from(out), next))
+    })
+    .await
+}

@@ -1,0 +1,675 @@
+//! The configured seeders, tried in order, those that failed lately last.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use http::{Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Incoming;
+use hyper_util::client::legacy;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use layer::chunk::CHUNK_LOG2_RANGE;
+use layer::index::{Header, Section};
+use layer::wire::{Frame, PREFIX_LEN};
+use layer::{ChunkIndex, Digest};
+use parking_lot::Mutex;
+use proto::drover::control::v1::control_client::ControlClient;
+use proto::drover::control::v1::{ResolveEvent, ResolveRequest, resolve_event};
+use rustls_pki_types::ServerName;
+use tonic::transport::{Channel, Endpoint};
+
+use super::connect::{ConnectError, Connector};
+use crate::config::SeederAddresses;
+use crate::ingest::Progress;
+use crate::security::{Role, Security, Signed, tls};
+use crate::serve::CHUNK_LOG2;
+use crate::serve::listener::WANTS_TLS;
+use crate::source::{BlobRef, SourceError};
+
+/// How long a resolved host name is used.
+const NAME_AGE_MAX: Duration = Duration::from_secs(30);
+/// The most addresses of one host name that are used.
+const ADDRESSES_MAX: usize = 16;
+/// Rest of a seeder after a failure; it doubles up to [`REST_MAX`].
+const REST: Duration = Duration::from_millis(500);
+const REST_MAX: Duration = Duration::from_secs(30);
+/// The longest text of an error answer that is read.
+const REASON_BYTES_MAX: usize = 1 << 10;
+/// Largest event of a resolve: a header, a signature and a few certificates.
+const EVENT_BYTES_MAX: usize = 256 << 10;
+
+/// Time limits of a [`Client`].
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// For a connection with TLS.
+    pub connect_timeout: Duration,
+    /// Without a byte or event.
+    pub stall_timeout: Duration,
+}
+
+impl Default for Options {
+    /// 3 s to connect, 10 s without a byte.
+    fn default() -> Self {
+        Self { connect_timeout: Duration::from_secs(3), stall_timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Why a seeder did not do what was asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SeederError {
+    /// None is configured, or none of their names resolves.
+    #[error("no seeder: {0}")]
+    None(String),
+    /// No connection, or it broke.
+    #[error("seeder {seeder}: {reason}")]
+    Unreachable {
+        /// The seeder.
+        seeder: String,
+        /// Error text of the transport.
+        reason: String,
+    },
+    /// One end has security on, the other off, or the certificates do not fit.
+    #[error("seeder {seeder} and this machine do not trust each other: {reason}")]
+    Untrusted {
+        /// The seeder.
+        seeder: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// It does not have it.
+    #[error("seeder {seeder} does not have it: {reason}")]
+    Missing {
+        /// The seeder.
+        seeder: String,
+        /// What it answered.
+        reason: String,
+    },
+    /// It has too much to do.
+    #[error("seeder {seeder} is busy: {reason}")]
+    Busy {
+        /// The seeder.
+        seeder: String,
+        /// What it answered.
+        reason: String,
+        /// When it wants to be asked again.
+        retry_after: Option<Duration>,
+    },
+    /// No byte or event came for too long.
+    #[error("seeder {seeder} sent nothing for {after:?}")]
+    Stalled {
+        /// The seeder.
+        seeder: String,
+        /// The limit that expired.
+        after: Duration,
+    },
+    /// Its ingest of the layer failed.
+    #[error("seeder {seeder} could not ingest the layer: {reason}")]
+    Ingest {
+        /// The seeder.
+        seeder: String,
+        /// What it answered.
+        reason: String,
+    },
+    /// What came cannot be right.
+    #[error("seeder {seeder} sent something wrong: {reason}")]
+    Wrong {
+        /// The seeder.
+        seeder: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl SeederError {
+    /// The error as that of a source named `source_label`.
+    pub fn into_source_error(self) -> SourceError {
+        let label = |seeder: String| format!("seeder {seeder}");
+        match self {
+            Self::None(reason) => SourceError::Unreachable { source_label: "seeder".to_owned(), reason },
+            Self::Unreachable { seeder, reason } => SourceError::Unreachable { source_label: label(seeder), reason },
+            Self::Untrusted { seeder, reason } => SourceError::Denied { source_label: label(seeder), reason },
+            Self::Missing { seeder, reason } => SourceError::Missing { source_label: label(seeder), reason },
+            Self::Busy { seeder, reason, retry_after } => {
+                SourceError::Busy { source_label: label(seeder), reason, retry_after }
+            }
+            Self::Stalled { seeder, after } => SourceError::Stalled { source_label: label(seeder), after },
+            Self::Ingest { seeder, reason } => {
+                SourceError::Busy { source_label: label(seeder), reason, retry_after: None }
+            }
+            Self::Wrong { seeder, reason } => SourceError::Corrupt { source_label: label(seeder), reason },
+        }
+    }
+
+    /// Whether another seeder may do better although this one answered.
+    const fn is_elsewhere(&self) -> bool {
+        !matches!(self, Self::Wrong { .. } | Self::Ingest { .. })
+    }
+}
+
+/// What a seeder tells of a layer.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// It is being ingested.
+    Progress(Progress),
+    /// Its index is complete. Neither header nor signature is verified.
+    Ready {
+        /// The header.
+        header: Box<Header>,
+        /// Its signature.
+        signed: Signed,
+    },
+    /// It cannot be lazy.
+    Unsupported(String),
+}
+
+/// The seeders. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    places: Vec<(String, u16)>,
+    local: Option<Arc<Seat>>,
+    security: Security,
+    options: Options,
+    names: Mutex<HashMap<String, (Vec<IpAddr>, Instant)>>,
+    seats: Mutex<HashMap<(String, SocketAddr), Arc<Seat>>>,
+}
+
+/// One seeder.
+pub(super) struct Seat {
+    name: String,
+    http: legacy::Client<Connector, Empty<Bytes>>,
+    control: ControlClient<Channel>,
+    stall: Duration,
+    rest: Mutex<Rest>,
+}
+
+#[derive(Default)]
+struct Rest {
+    until: Option<Instant>,
+    failures: u32,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("seeder::Client").field("places", &self.shared.places).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// A client of the seeders at `addresses`; no network is used yet.
+    pub fn new(addresses: &SeederAddresses, security: Security, options: Options) -> Self {
+        let places = addresses.iter().map(|(host, port)| (host.to_owned(), port)).collect();
+        Self::with(places, None, security, options)
+    }
+
+    /// A client of the seeder of this machine that listens on the socket file `path`.
+    pub fn local(path: PathBuf, options: Options) -> Self {
+        let name = path.display().to_string();
+        let connector = Connector::local(path);
+        let seat = Seat::new(name, connector.clone(), connector, options);
+        Self::with(Vec::new(), Some(Arc::new(seat)), Security::Off, options)
+    }
+
+    fn with(places: Vec<(String, u16)>, local: Option<Arc<Seat>>, security: Security, options: Options) -> Self {
+        let shared = Shared { places, local, security, options, names: Mutex::default(), seats: Mutex::default() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Asks a seeder for `blob`; one that does not know it begins to ingest it.
+    pub async fn resolve(&self, blob: &BlobRef) -> Result<Resolution, SeederError> {
+        let request = ResolveRequest {
+            blob: blob.digest.to_string(),
+            blob_size: blob.size,
+            media_type: blob.media_type.clone(),
+            registry: blob.registry.clone(),
+            repository: blob.repository.clone(),
+        };
+        let digest = blob.digest;
+        self.first(|seat| {
+            let request = request.clone();
+            async move {
+                let mut control = seat.control.clone();
+                let answer = tokio::time::timeout(seat.stall, control.resolve(request)).await;
+                match answer.map_err(|_| seat.stalled())? {
+                    Ok(answer) => Ok(Resolution { seat, blob: digest, events: answer.into_inner() }),
+                    Err(status) => Err(seat.status_error(status).await),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Fetches a section of the index that `header` names, from whichever seeder has it. Its digest is not verified.
+    pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
+        self.first(|seat| {
+            let header = header.clone();
+            async move { seat.section(&header, section).await }
+        })
+        .await
+    }
+
+    /// Runs `work` with one seeder after the other until one answers.
+    pub(super) async fn first<T, F: Future<Output = Result<T, SeederError>>>(
+        &self,
+        work: impl Fn(Arc<Seat>) -> F,
+    ) -> Result<T, SeederError> {
+        let mut last = None;
+        for seat in self.seats().await? {
+            match work(Arc::clone(&seat)).await {
+                Ok(done) => {
+                    seat.praise();
+                    return Ok(done);
+                }
+                Err(error) => {
+                    seat.judge(&error);
+                    let is_elsewhere = error.is_elsewhere();
+                    last = Some(error);
+                    if !is_elsewhere {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| SeederError::None("none is configured".to_owned())))
+    }
+
+    /// All seeders: those that work in the order of the configuration, then those that rest, the longest rested first.
+    async fn seats(&self) -> Result<Vec<Arc<Seat>>, SeederError> {
+        if let Some(local) = &self.shared.local {
+            return Ok(vec![Arc::clone(local)]);
+        }
+        let mut seats = Vec::new();
+        let mut reasons = Vec::new();
+        for (host, port) in &self.shared.places {
+            match self.addresses(host).await {
+                Ok(addresses) => {
+                    for address in addresses {
+                        match self.seat(host, SocketAddr::new(address, *port)) {
+                            Ok(seat) => seats.push(seat),
+                            Err(error) => reasons.push(format!("{host}: {error}")),
+                        }
+                    }
+                }
+                Err(error) => reasons.push(format!("{host}: {error}")),
+            }
+        }
+        if seats.is_empty() {
+            let reason = if reasons.is_empty() { "none is configured".to_owned() } else { reasons.join("; ") };
+            return Err(SeederError::None(reason));
+        }
+        seats.sort_by_key(|seat| seat.resting());
+        Ok(seats)
+    }
+
+    async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, String> {
+        if let Ok(address) = host.parse() {
+            return Ok(vec![address]);
+        }
+        let cached = self.shared.names.lock().get(host).cloned();
+        if let Some((addresses, at)) = &cached
+            && at.elapsed() < NAME_AGE_MAX
+        {
+            return Ok(addresses.clone());
+        }
+        let looked_up = tokio::time::timeout(self.shared.options.connect_timeout, tokio::net::lookup_host((host, 0)));
+        let fresh = match looked_up.await {
+            Ok(Ok(found)) => Ok(found.map(|address| address.ip()).take(ADDRESSES_MAX).collect::<Vec<_>>()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("the name is not resolved in time".to_owned()),
+        };
+        match (fresh, cached) {
+            (Ok(addresses), _) if !addresses.is_empty() => {
+                self.shared.names.lock().insert(host.to_owned(), (addresses.clone(), Instant::now()));
+                Ok(addresses)
+            }
+            // A name server that is away does not move seeders.
+            (_, Some((addresses, _))) => Ok(addresses),
+            (Ok(_), None) => Err("the name has no address".to_owned()),
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    fn seat(&self, host: &str, address: SocketAddr) -> Result<Arc<Seat>, String> {
+        let key = (host.to_owned(), address);
+        if let Some(seat) = self.shared.seats.lock().get(&key) {
+            return Ok(Arc::clone(seat));
+        }
+        let options = self.shared.options;
+        let connector = |alpn| -> Result<Connector, String> {
+            let tls = match &self.shared.security {
+                Security::Off => None,
+                Security::Mutual(identity) => {
+                    let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
+                    let config = tls::client(identity, Role::Seeder, alpn).map_err(|error| error.to_string())?;
+                    Some((config, name))
+                }
+            };
+            Ok(Connector::new(address, tls, options.connect_timeout))
+        };
+        let name = match host.parse::<IpAddr>() {
+            Ok(_) => address.to_string(),
+            Err(_) => format!("{host} ({address})"),
+        };
+        let seat = Arc::new(Seat::new(name, connector(tls::HTTP1)?, connector(tls::HTTP2)?, options));
+        let mut seats = self.shared.seats.lock();
+        if seats.len() >= 256 {
+            seats.clear();
+        }
+        Ok(Arc::clone(seats.entry(key).or_insert(seat)))
+    }
+}
+
+/// One seeder's answer to a resolve.
+pub struct Resolution {
+    seat: Arc<Seat>,
+    blob: Digest,
+    events: tonic::Streaming<ResolveEvent>,
+}
+
+impl Resolution {
+    /// The seeder's name.
+    pub fn seeder(&self) -> &str {
+        &self.seat.name
+    }
+
+    /// The next event; `None` after the last.
+    pub async fn next(&mut self) -> Result<Option<Event>, SeederError> {
+        let next = tokio::time::timeout(self.seat.stall, self.events.message());
+        let event = match next.await.map_err(|_| self.seat.stalled())? {
+            Ok(None) => return Ok(None),
+            Ok(Some(event)) => event.event.ok_or_else(|| self.seat.wrong("an event of an unknown kind"))?,
+            Err(status) => return Err(self.seat.status_error(status).await),
+        };
+        Ok(Some(match event {
+            resolve_event::Event::Progress(progress) => Event::Progress(Progress {
+                blob_read: progress.blob_read,
+                blob_size: progress.blob_size,
+                device_read: progress.device_read,
+            }),
+            resolve_event::Event::Unsupported(unsupported) => {
+                Event::Unsupported(unsupported.reason.chars().take(REASON_BYTES_MAX).collect())
+            }
+            resolve_event::Event::Ready(ready) => {
+                let header = Header::parse(&ready.header).map_err(|error| self.seat.wrong(error))?;
+                if header.blob() != self.blob {
+                    return Err(self.seat.wrong(format!("the index of {}", header.blob())));
+                }
+                let signed = Signed { signature: ready.signature, certificates: ready.certificates };
+                Event::Ready { header: Box::new(header), signed }
+            }
+        }))
+    }
+
+    /// Fetches a section from this seeder. Its digest is not verified.
+    pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
+        self.seat.section(header, section).await
+    }
+
+    /// The chunks of the layer from the first on, as they come into being.
+    pub async fn follow(&self) -> Result<Follow, SeederError> {
+        let response = self.seat.get(&format!("/v1/layers/{}/follow", self.blob)).await?;
+        let log2 = response.headers().get(CHUNK_LOG2).and_then(|value| value.to_str().ok()?.parse().ok());
+        let chunk_log2 = log2
+            .filter(|log2| CHUNK_LOG2_RANGE.contains(log2))
+            .ok_or_else(|| self.seat.wrong(format!("no usable {CHUNK_LOG2}")))?;
+        Ok(Follow {
+            body: Body { seat: Arc::clone(&self.seat), body: response.into_body() },
+            chunk_log2,
+            buffer: Vec::new(),
+            taken: 0,
+            next: 0,
+        })
+    }
+}
+
+/// The chunks of a layer as they come into being.
+pub struct Follow {
+    body: Body,
+    chunk_log2: u8,
+    buffer: Vec<u8>,
+    taken: usize,
+    next: u32,
+}
+
+impl Follow {
+    /// log2 of the chunk size.
+    pub const fn chunk_log2(&self) -> u8 {
+        self.chunk_log2
+    }
+
+    /// The next chunk, unverified; `None` after the last.
+    pub async fn next(&mut self) -> Result<Option<(ChunkIndex, Frame<'_>)>, SeederError> {
+        self.buffer.drain(..self.taken);
+        self.taken = 0;
+        loop {
+            let claimed = self.buffer.first_chunk::<PREFIX_LEN>().map(|prefix| u32::from_le_bytes(*prefix) << 1 >> 1);
+            if claimed.is_some_and(|len| len == 0 || len > 1 << self.chunk_log2) {
+                return Err(self.body.seat.wrong("a frame of an impossible length"));
+            }
+            if claimed.is_some_and(|len| self.buffer.len() - PREFIX_LEN >= len as usize) {
+                break;
+            }
+            match self.body.next().await? {
+                Some(bytes) => self.buffer.extend_from_slice(&bytes),
+                None if self.buffer.is_empty() => return Ok(None),
+                None => return Err(self.body.seat.wrong("the chunks end inside a frame")),
+            }
+        }
+        let Some((frame, _)) = Frame::split(&self.buffer) else {
+            return Err(self.body.seat.wrong("a frame that cannot be read"));
+        };
+        let chunk = ChunkIndex(self.next);
+        self.next = self.next.checked_add(1).ok_or_else(|| self.body.seat.wrong("too many chunks"))?;
+        self.taken = frame.wire_len();
+        Ok(Some((chunk, frame)))
+    }
+}
+
+/// A body with a stall limit.
+pub(super) struct Body {
+    seat: Arc<Seat>,
+    body: Incoming,
+}
+
+impl Body {
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, SeederError> {
+        loop {
+            let frame = tokio::time::timeout(self.seat.stall, self.body.frame());
+            match frame.await.map_err(|_| self.seat.stalled())? {
+                None => return Ok(None),
+                Some(Ok(frame)) => {
+                    if let Ok(bytes) = frame.into_data()
+                        && bytes.has_remaining()
+                    {
+                        return Ok(Some(bytes));
+                    }
+                }
+                Some(Err(error)) => return Err(self.seat.transport_error(&error)),
+            }
+        }
+    }
+}
+
+impl Seat {
+    fn new(name: String, http1: Connector, http2: Connector, options: Options) -> Self {
+        let http = legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .pool_max_idle_per_host(8)
+            .build(http1);
+        // The connector decides where to; tonic only wants a URI.
+        let channel = Endpoint::from_static("http://seeder")
+            .http2_keep_alive_interval(options.stall_timeout)
+            .keep_alive_timeout(options.stall_timeout)
+            .connect_with_connector_lazy(http2);
+        let control = ControlClient::new(channel).max_decoding_message_size(EVENT_BYTES_MAX);
+        Self { name, http, control, stall: options.stall_timeout, rest: Mutex::default() }
+    }
+
+    async fn section(self: &Arc<Self>, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
+        let response = self.get(&format!("/v1/layers/{}/index/{section}", header.blob())).await?;
+        let want = header.section(section).size;
+        let mut body = Body { seat: Arc::clone(self), body: response.into_body() };
+        let mut bytes = Vec::new();
+        while let Some(more) = body.next().await? {
+            if bytes.len() as u64 + more.len() as u64 > want {
+                return Err(self.wrong(format!("more than the {want} bytes of {section}")));
+            }
+            bytes.extend_from_slice(&more);
+        }
+        Ok(bytes)
+    }
+
+    pub(super) async fn chunks(
+        self: &Arc<Self>,
+        blob: Digest,
+        run: &std::ops::Range<u32>,
+    ) -> Result<Body, SeederError> {
+        let response = self.get(&format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end)).await?;
+        Ok(Body { seat: Arc::clone(self), body: response.into_body() })
+    }
+
+    async fn get(&self, path: &str) -> Result<Response<Incoming>, SeederError> {
+        let request =
+            Request::get(format!("http://seeder{path}")).body(Empty::new()).map_err(|error| self.wrong(error))?;
+        let response = tokio::time::timeout(self.stall, self.http.request(request));
+        let response = response.await.map_err(|_| self.stalled())?.map_err(|error| self.transport_error(&error))?;
+        let status = response.status();
+        if status == StatusCode::OK {
+            return Ok(response);
+        }
+        if status.as_u16() == WANTS_TLS {
+            return Err(self.untrusted(
+                "it demands mutual TLS: the seeder's configuration has security on, so this machine's must have it on \
+                 too (security.mode = \"mtls\")",
+            ));
+        }
+        let retry_after =
+            response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let seeder = self.name.clone();
+        let reason = format!("{status}: {}", reason(response.into_body(), self.stall).await);
+        Err(match status {
+            StatusCode::NOT_FOUND => SeederError::Missing { seeder, reason },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => SeederError::Untrusted { seeder, reason },
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+                SeederError::Busy { seeder, reason, retry_after: retry_after.map(Duration::from_secs) }
+            }
+            status if status.is_server_error() => SeederError::Busy { seeder, reason, retry_after: None },
+            _ => SeederError::Wrong { seeder, reason },
+        })
+    }
+
+    /// The meaning of a gRPC status. One that the transport made is asked after over HTTP/1.1, whose answer says what is
+    /// wrong where the seeder demands TLS and this machine does not speak it.
+    async fn status_error(&self, status: tonic::Status) -> SeederError {
+        let seeder = self.name.clone();
+        let reason = status.message().chars().take(REASON_BYTES_MAX).collect::<String>();
+        match status.code() {
+            tonic::Code::Unknown | tonic::Code::Unavailable | tonic::Code::Internal
+                if std::error::Error::source(&status).is_some() =>
+            {
+                match self.transport_error(&status) {
+                    SeederError::Unreachable { seeder, reason } => match self.get("/healthz").await {
+                        Err(error @ SeederError::Untrusted { .. }) => error,
+                        _ => SeederError::Unreachable { seeder, reason },
+                    },
+                    error => error,
+                }
+            }
+            tonic::Code::ResourceExhausted => SeederError::Busy { seeder, reason, retry_after: None },
+            tonic::Code::Unimplemented | tonic::Code::InvalidArgument => SeederError::Wrong { seeder, reason },
+            _ => SeederError::Ingest { seeder, reason },
+        }
+    }
+
+    fn transport_error(&self, error: &(dyn std::error::Error + 'static)) -> SeederError {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            if let Some(connect) = error.downcast_ref::<ConnectError>() {
+                return match connect {
+                    ConnectError::NotTls | ConnectError::Tls(_) => self.untrusted(connect),
+                    ConnectError::Timeout(_) | ConnectError::Io(_) => self.unreachable(connect.to_string()),
+                };
+            }
+            // In TLS 1.3 a client learns only after its handshake that the server refused its certificate.
+            if let Some(rustls::Error::AlertReceived(alert)) = rustls_error(error) {
+                return self.untrusted(format!("it refused this machine's certificate ({alert:?})"));
+            }
+            text = format!("{text}: {error}");
+            cause = error.source();
+        }
+        self.unreachable(text)
+    }
+
+    fn unreachable(&self, reason: String) -> SeederError {
+        SeederError::Unreachable { seeder: self.name.clone(), reason }
+    }
+
+    fn untrusted(&self, reason: impl ToString) -> SeederError {
+        SeederError::Untrusted { seeder: self.name.clone(), reason: reason.to_string() }
+    }
+
+    fn stalled(&self) -> SeederError {
+        SeederError::Stalled { seeder: self.name.clone(), after: self.stall }
+    }
+
+    pub(super) fn wrong(&self, reason: impl ToString) -> SeederError {
+        SeederError::Wrong { seeder: self.name.clone(), reason: reason.to_string() }
+    }
+
+    /// When the rest ends; `None` without one.
+    fn resting(&self) -> Option<Instant> {
+        self.rest.lock().until.filter(|until| *until > Instant::now())
+    }
+
+    fn praise(&self) {
+        *self.rest.lock() = Rest::default();
+    }
+
+    pub(super) fn judge(&self, error: &SeederError) {
+        let wanted = match error {
+            SeederError::Missing { .. } | SeederError::Ingest { .. } | SeederError::None(_) => return,
+            SeederError::Busy { retry_after, .. } => *retry_after,
+            _ => None,
+        };
+        let mut rest = self.rest.lock();
+        rest.failures = rest.failures.saturating_add(1);
+        let own = REST.saturating_mul(1 << rest.failures.min(8)).min(REST_MAX);
+        rest.until = Some(Instant::now() + wanted.map_or(own, |wanted| wanted.min(REST_MAX)));
+    }
+}
+
+fn rustls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    error
+        .downcast_ref::<rustls::Error>()
+        .or_else(|| error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>())
+}
+
+/// The text of an error answer, as far as it comes quickly.
+async fn reason(mut body: Incoming, within: Duration) -> String {
+    let mut text = Vec::new();
+    let read = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            if let Ok(bytes) = frame.into_data() {
+                text.extend_from_slice(&bytes);
+            }
+            if text.len() >= REASON_BYTES_MAX {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(within.min(Duration::from_secs(2)), read).await;
+    text.truncate(REASON_BYTES_MAX);
+    String::from_utf8_lossy(&text).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests;

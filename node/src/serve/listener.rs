@@ -1,0 +1,275 @@
+//! Accepts connections and keeps their bounds: how many, how long a handshake, a header or a stalled write may take.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::security::{Security, tls};
+
+/// First byte of a TLS connection: a record of type handshake (RFC 8446, 5.1).
+const TLS_HANDSHAKE: u8 = 0x16;
+/// Status of the answer to a client without TLS where TLS is demanded; it tells that client what is wrong.
+pub(crate) const WANTS_TLS: u16 = 426;
+/// Largest head of a request.
+const HEAD_BYTES_MAX: usize = 32 << 10;
+/// Requests on one HTTP/2 connection at the same time: a node asks for the layers of a few images.
+const STREAMS_MAX: u32 = 256;
+/// Time to finish what is under way after the order to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Bounds of a [`Listener`].
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at the same time; more wait in the kernel's queue.
+    pub connections: usize,
+    /// Time for a TLS handshake.
+    pub handshake_timeout: Duration,
+    /// Time for the head of a request, and how long a connection may idle between two.
+    pub idle_timeout: Duration,
+    /// How long a client may take no byte of what it asked for.
+    pub stall_timeout: Duration,
+}
+
+impl Default for Limits {
+    /// 4096 connections, 10 s for a handshake, 5 min idle, 30 s stalled.
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(300),
+            stall_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A bound socket that serves a router.
+pub struct Listener {
+    tcp: TcpListener,
+    tls: Option<TlsAcceptor>,
+    limits: Limits,
+}
+
+impl Listener {
+    /// Binds `address`, with mutual TLS unless `security` is off.
+    pub async fn bind(address: &str, security: &Security, limits: Limits) -> io::Result<Self> {
+        let tls = match security {
+            Security::Off => None,
+            Security::Mutual(identity) => Some(TlsAcceptor::from(tls::server(identity).map_err(io::Error::other)?)),
+        };
+        Ok(Self { tcp: TcpListener::bind(address).await?, tls, limits })
+    }
+
+    /// The bound address.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.tcp.local_addr()
+    }
+
+    /// Serves until `stop`, then lets requests under way finish for a few seconds.
+    pub async fn serve(self, router: Router, stop: CancellationToken) {
+        let (connections, tracker) = (Arc::new(Semaphore::new(self.limits.connections)), TaskTracker::new());
+        loop {
+            let accepted = async {
+                let permit = Arc::clone(&connections).acquire_owned().await.map_err(io::Error::other)?;
+                Ok::<_, io::Error>((self.tcp.accept().await?, permit))
+            };
+            let ((stream, peer), permit) = tokio::select! {
+                () = stop.cancelled() => break,
+                accepted = accepted => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        // Out of file descriptors, most likely: what is open must end first.
+                        tracing::warn!(%error, "cannot accept a connection");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                },
+            };
+            let (tls, limits, router, stop) = (self.tls.clone(), self.limits, router.clone(), stop.clone());
+            tracker.spawn(async move {
+                if let Err(error) = connection(stream, tls, limits, router, stop, permit).await {
+                    tracing::debug!(%peer, %error, "connection ends");
+                }
+            });
+        }
+        drop(self.tcp);
+        tracker.close();
+        let _ = tokio::time::timeout(DRAIN, tracker.wait()).await;
+    }
+}
+
+/// Serves `router` on a socket file that only this user can open, without TLS: for commands on the same machine.
+pub async fn serve_local(path: &Path, router: Router, stop: CancellationToken) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    let limits = Limits::default();
+    loop {
+        let stream = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted?.0,
+        };
+        let (router, stop) = (router.clone(), stop.clone());
+        tokio::spawn(async move {
+            if let Err(error) = http(stream, limits, router, stop).await {
+                tracing::debug!(%error, "local connection ends");
+            }
+        });
+    }
+    let _ = std::fs::remove_file(path);
+    Ok(())
+}
+
+async fn connection(
+    mut stream: TcpStream,
+    tls: Option<TlsAcceptor>,
+    limits: Limits,
+    router: Router,
+    stop: CancellationToken,
+    _permit: OwnedSemaphorePermit,
+) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut first = [0; 1];
+    let peeked = tokio::time::timeout(limits.idle_timeout, stream.peek(&mut first));
+    if peeked.await.map_err(|_| io::ErrorKind::TimedOut)?? == 0 {
+        return Ok(());
+    }
+    let is_tls = first == [TLS_HANDSHAKE];
+    let Some(tls) = tls else {
+        if is_tls {
+            refuse(&mut stream, "400 Bad Request", "security is off here: use http, not https").await?;
+            return Err(io::Error::other("the client speaks TLS, but security is off here"));
+        }
+        return http(StallLimited::new(stream, limits.stall_timeout), limits, router, stop).await;
+    };
+    if !is_tls {
+        let status = format!("{WANTS_TLS} Upgrade Required\r\nUpgrade: TLS/1.3");
+        refuse(&mut stream, &status, "security is on here: mutual TLS with a certificate of this cluster").await?;
+        return Err(io::Error::other("the client does not speak TLS, but security is on here"));
+    }
+    let handshake = tls.accept(StallLimited::new(stream, limits.stall_timeout));
+    let stream =
+        tokio::time::timeout(limits.handshake_timeout, handshake).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    http(stream, limits, router, stop).await
+}
+
+async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    limits: Limits,
+    router: Router,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.idle_timeout)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(limits.stall_timeout)
+        .max_header_list_size(HEAD_BYTES_MAX as u32)
+        .max_concurrent_streams(STREAMS_MAX);
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    ended.map_err(io::Error::other)
+}
+
+/// Answers in plain HTTP/1.1 whatever the client speaks, so that it can say what is wrong.
+async fn refuse(stream: &mut TcpStream, status: &str, text: &str) -> io::Result<()> {
+    let answer = format!(
+        "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\r\n{text}\n",
+        text.len() + 1
+    );
+    stream.write_all(answer.as_bytes()).await?;
+    stream.shutdown().await?;
+    // What the client still sends is read, or closing would reset the connection and lose the answer.
+    let drained = async { while !matches!(stream.read(&mut [0; 1024]).await, Ok(0) | Err(_)) {} };
+    let _ = tokio::time::timeout(Duration::from_secs(1), drained).await;
+    Ok(())
+}
+
+/// A stream whose writes fail when the other end takes no byte for too long.
+struct StallLimited {
+    stream: TcpStream,
+    limit: Duration,
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl StallLimited {
+    fn new(stream: TcpStream, limit: Duration) -> Self {
+        Self { stream, limit, stalled: None }
+    }
+
+    fn limited<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            self.stalled = None;
+            return polled;
+        }
+        let limit = self.limit;
+        let sleep = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        ready!(sleep.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for StallLimited {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for StallLimited {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.limited(cx, polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
+        self.limited(cx, polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
