@@ -66,7 +66,7 @@ test-unit:
 
 # The FUSE session, the keeper and EROFS on the real kernel.
 test-fuse: setup
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse --test erofs
 
 # containerd's own snapshotter suite, and everything end to end on the real containerd.
 test-containerd: setup
