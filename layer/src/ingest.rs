@@ -12,9 +12,9 @@ use crate::chunk::{CHUNK_LOG2, ChunkDigest, ChunkIndex, Geometry, GeometryError}
 use crate::digest::Digest;
 use crate::index::{
     Compression, Header, HeaderError, HeaderFacts, Index, SPAN_BLOB_MAX, SPAN_DEVICE_MAX, SectionFacts, SpansEncoder,
-    Start, WINDOW_MAX, encode_entries,
+    Start as EncodedStart, WINDOW_MAX, encode_entries,
 };
-use crate::inflate::{GzipReader, InflateError, Stop};
+use crate::inflate::{GzipReader, InflateError, Stop, WindowProbe};
 use crate::tar::{self, TarError};
 use crate::tree::DEVICE_SIZE_MAX;
 
@@ -263,7 +263,7 @@ impl Ingest {
         self.decoder = match compression {
             Compression::None => Decoder::Plain,
             Compression::Gzip => {
-                self.spans.candidate(0, 0, Start::Member);
+                self.spans.candidate = Some(Start { place: Place { blob: 0, device: 0 }, block: None });
                 Decoder::Gzip(Box::new(GzipReader::at_member(0)))
             }
             Compression::Zstd => {
@@ -328,19 +328,19 @@ fn inflate(
             if free_run == 0 { room.len() } else { room.len().min(usize::try_from(free_run).unwrap_or(usize::MAX)) };
         let room = room.get_mut(..room_len).unwrap_or_default();
         let read = reader.read(input, room, free_run == 0)?;
-        input = input.get(read.consumed..).unwrap_or_default();
+        let (consumed, rest) = input.split_at_checked(read.consumed).unwrap_or((input, &[]));
+        input = rest;
+        spans.consumed(consumed);
         device.filled(read.produced, sink);
         spans.reached(device.len());
         match read.stop {
             Stop::Input => return Ok(()),
             Stop::Output => {}
-            Stop::MemberEnd => spans.candidate(reader.blob_offset(), device.len(), Start::Member),
-            Stop::Block { blob_bits } => {
-                // The block starts in byte `blob_bits / 8`, with its high bits unless at a byte's start.
-                let bits = ((8 - blob_bits % 8) % 8) as u8;
+            Stop::MemberEnd => spans.member(Place { blob: reader.blob_offset(), device: device.len() }),
+            Stop::Block { blob_offset, bits, first } => {
                 let window_len = reader.member_len().min(WINDOW_MAX as u64) as usize;
-                let window = device.last(window_len);
-                spans.candidate(blob_bits / 8, device.len(), Start::Deflate { bits, window });
+                let place = Place { blob: blob_offset, device: device.len() };
+                spans.block(place, bits, first, device.last(window_len));
             }
         }
     }
@@ -350,9 +350,14 @@ fn inflate(
 /// Chooses among the places where a span can start.
 struct SpanStarts {
     encoder: SpansEncoder,
+    /// Where the newest span starts.
     last: Option<Place>,
-    /// A start that is recorded once output follows it, so that no span is empty.
-    candidate: Option<Candidate>,
+    /// A start that counts once output follows it, so that no span is empty.
+    candidate: Option<Start>,
+    /// The newest span's start, not encoded yet: its window is still probed.
+    probing: Option<Start>,
+    /// A probe to use again.
+    idle_probe: Option<Box<WindowProbe>>,
     /// A span is beyond what an index may hold.
     oversized: bool,
 }
@@ -363,58 +368,92 @@ struct Place {
     device: u64,
 }
 
-struct Candidate {
+struct Start {
     place: Place,
-    /// Bits and window; none at a member's start.
-    deflate: Option<(u8, Vec<u8>)>,
+    /// Bits and window of a block; none at a member's start.
+    block: Option<(u8, Box<WindowProbe>)>,
 }
 
 impl SpanStarts {
     fn new() -> Self {
-        Self { encoder: SpansEncoder::new(), last: None, candidate: None, oversized: false }
+        Self {
+            encoder: SpansEncoder::new(),
+            last: None,
+            candidate: None,
+            probing: None,
+            idle_probe: None,
+            oversized: false,
+        }
     }
 
-    /// How much output may come in one go before block boundaries matter; 0: they matter now.
+    /// How much output may come in one go before block boundaries matter; 0: they matter now. Members always do.
     fn free_run(&self, device: u64) -> u64 {
-        match (&self.candidate, &self.last) {
-            (None, Some(last)) => (last.device + SPAN_LEN - 1).saturating_sub(device),
-            // With a candidate, the boundaries in front of the next byte of output may be better ones.
-            _ => 0,
+        let newest = self.candidate.as_ref().map(|candidate| candidate.place).or(self.last);
+        newest.map_or(0, |newest| (newest.device + SPAN_LEN - 1).saturating_sub(device))
+    }
+
+    /// A member could start at `place`, and a span with it. The last one in front of the same byte of the device wins, also
+    /// against blocks: it needs no window and leaves the fewest blob bytes to the span.
+    fn member(&mut self, place: Place) {
+        // The first span starts at the blob's start, also where empty members come first.
+        if self.last.is_some_and(|last| place.device - last.device >= SPAN_LEN_AT_MEMBER) {
+            self.replace_candidate(Start { place, block: None });
         }
     }
 
-    /// A span could start here. Of several places in front of the same byte of the device the last one wins, which leaves the
-    /// fewest blob bytes to the new span; but a member's start needs no window, so no block replaces it.
-    fn candidate(&mut self, blob: u64, device: u64, start: Start<'_>) {
-        let len_min = if start == Start::Member { SPAN_LEN_AT_MEMBER } else { SPAN_LEN };
-        if self.last.is_some_and(|last| device - last.device < len_min) {
-            return;
+    /// A block starts at `place`. The first one in front of the same byte of the device wins: following windows through a
+    /// million empty blocks would cost too much.
+    fn block(&mut self, place: Place, bits: u8, first: u8, window: &[u8]) {
+        if self.candidate.is_none() && self.last.is_some_and(|last| place.device - last.device >= SPAN_LEN) {
+            let mut probe = self.idle_probe.take().unwrap_or_else(|| Box::new(WindowProbe::new()));
+            probe.start(bits, first, window);
+            self.replace_candidate(Start { place, block: Some((bits, probe)) });
         }
-        let at_member = self.candidate.as_ref().is_some_and(|candidate| candidate.deflate.is_none());
-        let deflate = match start {
-            Start::Deflate { .. } if at_member => return,
-            Start::Deflate { bits, window } => Some((bits, window.to_vec())),
-            Start::Member | Start::Plain => None,
-        };
-        // The first span starts at the blob's start, also where empty members come first.
-        if self.last.is_none() && self.candidate.is_some() {
-            return;
+    }
+
+    /// The decoder has consumed more bytes of the blob.
+    fn consumed(&mut self, input: &[u8]) {
+        if let Some(Start { block: Some((_, probe)), .. }) = &mut self.candidate {
+            probe.push(input);
         }
-        self.candidate = Some(Candidate { place: Place { blob, device }, deflate });
+        if let Some(Start { block: Some((_, probe)), .. }) = &mut self.probing {
+            probe.push(input);
+            if probe.is_done() {
+                self.encode_probed();
+            }
+        }
     }
 
     /// The device has reached a length: a candidate that has output behind it becomes a span.
     fn reached(&mut self, device: u64) {
-        if let Some(Candidate { place, deflate }) = self.candidate.take_if(|candidate| candidate.place.device < device)
-        {
-            match &deflate {
-                None => self.encoder.push(place.blob, place.device, Start::Member),
-                Some((bits, window)) => {
-                    self.encoder.push(place.blob, place.device, Start::Deflate { bits: *bits, window });
-                }
+        if let Some(start) = self.candidate.take_if(|candidate| candidate.place.device < device) {
+            self.encode_probed();
+            self.ended(start.place);
+            self.last = Some(start.place);
+            let at_member = start.block.is_none();
+            self.probing = Some(start);
+            if at_member {
+                self.encode_probed();
             }
-            self.ended(place);
-            self.last = Some(place);
+        }
+    }
+
+    /// Records the newest span with what is known of its window: all that is needed once the probe is done, or the blob.
+    fn encode_probed(&mut self) {
+        let Some(Start { place, block }) = self.probing.take() else { return };
+        match block {
+            None => self.encoder.push(place.blob, place.device, EncodedStart::Member),
+            Some((bits, probe)) => {
+                let window = probe.sparse_window();
+                self.encoder.push(place.blob, place.device, EncodedStart::Deflate { bits, window: &window });
+                self.idle_probe = Some(probe);
+            }
+        }
+    }
+
+    fn replace_candidate(&mut self, start: Start) {
+        if let Some(Start { block: Some((_, probe)), .. }) = self.candidate.replace(start) {
+            self.idle_probe = Some(probe);
         }
     }
 
@@ -422,7 +461,7 @@ impl SpanStarts {
     fn cut_plain(&mut self, size: u64) {
         let mut start = 0;
         while start < size {
-            self.encoder.push(start, start, Start::Plain);
+            self.encoder.push(start, start, EncodedStart::Plain);
             self.last = Some(Place { blob: start, device: start });
             start += SPAN_LEN;
         }
@@ -430,6 +469,7 @@ impl SpanStarts {
 
     /// The encoded section and its number of spans.
     fn finish(mut self, blob_size: u64, device_size: u64) -> Result<(Vec<u8>, u32), &'static str> {
+        self.encode_probed();
         self.ended(Place { blob: blob_size, device: device_size });
         if self.oversized {
             return Err("its compressed blocks are too large for random access");

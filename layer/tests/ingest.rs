@@ -342,3 +342,38 @@ proptest! {
         prop_assert!(ingest_in(&blob, blob.len(), None, options).unwrap().0 == index);
     }
 }
+
+/// What the usual programs write.
+#[test]
+fn blobs_of_pigz_gzip_and_python() {
+    use std::io::Write as _;
+    use std::process::{Command, Stdio};
+
+    let device = large_device(7);
+    const PYTHON: &str = "import gzip,sys; f=gzip.GzipFile('layer.tar','wb',6,sys.stdout.buffer,1.5); f.write(sys.stdin.buffer.read()); f.close()";
+    for command in [
+        &["gzip", "-6", "-c"][..],
+        &["gzip", "-1"],
+        &["pigz", "-c", "-p", "4"],
+        &["pigz", "-i", "-9"],
+        &["python3", "-c", PYTHON],
+    ] {
+        let child = Command::new(command[0]).args(&command[1..]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let Ok(mut child) = child else {
+            eprintln!("skipped: {} is not installed", command[0]);
+            continue;
+        };
+        let mut stdin = child.stdin.take().unwrap();
+        let output = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                stdin.write_all(&device).unwrap();
+                drop(stdin);
+            });
+            child.wait_with_output().unwrap()
+        });
+        assert!(output.status.success());
+        let (index, plain) = ingest_in(&output.stdout, 99_991, None, Options::default()).unwrap();
+        assert!(plain == device, "{command:?}");
+        check(&output.stdout, &device, &index);
+    }
+}

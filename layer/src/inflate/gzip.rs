@@ -11,6 +11,8 @@ pub(crate) struct GzipReader {
     state: State,
     /// Bytes of the blob consumed, counted from its start.
     blob_offset: u64,
+    /// The last byte that the decoder consumed.
+    last_byte: u8,
     /// Output of the current member; counted from the checkpoint if reading began inside the member.
     member_len: u64,
     /// The current member was read from its start.
@@ -49,8 +51,12 @@ pub(crate) enum Stop {
     Output,
     /// In front of a deflate block that is neither a member's first nor behind its last.
     Block {
-        /// Bits from the start of the blob to the block.
-        blob_bits: u64,
+        /// Byte of the blob in which it starts.
+        blob_offset: u64,
+        /// How many high bits of that byte belong to it, 1 to 7; 0: all.
+        bits: u8,
+        /// That byte, where it was read already: if `bits` is not 0.
+        first: u8,
     },
     /// Behind a member's trailer: another member may follow.
     MemberEnd,
@@ -63,6 +69,7 @@ impl GzipReader {
             raw: RawInflate::new(),
             state: State::Header(MemberHeader::first()),
             blob_offset,
+            last_byte: 0,
             member_len: 0,
             member_whole: true,
         }
@@ -73,7 +80,7 @@ impl GzipReader {
         let mut raw = RawInflate::new();
         raw.set_window(window);
         let state = if bits == 0 { State::Deflate } else { State::Resume { bits } };
-        Self { raw, state, blob_offset, member_len: 0, member_whole: false }
+        Self { raw, state, blob_offset, last_byte: 0, member_len: 0, member_whole: false }
     }
 
     /// Bytes of the blob up to where reading is.
@@ -110,12 +117,17 @@ impl GzipReader {
                         .map_err(|DataError| InflateError::Deflate { offset: self.blob_offset })?;
                     consumed += progress.consumed;
                     produced += progress.produced;
+                    if let Some(last) = progress.consumed.checked_sub(1).and_then(|last| rest.get(last)) {
+                        self.last_byte = *last;
+                    }
                     self.blob_offset += progress.consumed as u64;
                     self.member_len += progress.produced as u64;
                     match progress.at {
                         At::End => self.state = State::Trailer { bytes: [0; 8], len: 0 },
                         At::Block { bits_unused } => {
-                            break Stop::Block { blob_bits: self.blob_offset * 8 - u64::from(bits_unused) };
+                            let (bits, first) = (bits_unused, self.last_byte);
+                            let blob_offset = self.blob_offset - u64::from(bits > 0);
+                            break Stop::Block { blob_offset, bits, first };
                         }
                         At::Anywhere if progress.produced == room_len => break Stop::Output,
                         At::Anywhere if progress.consumed == rest.len() => break Stop::Input,

@@ -2,10 +2,12 @@
 
 mod gzip;
 mod member;
+mod probe;
 #[allow(unsafe_code)]
 mod sys;
 
 pub(crate) use gzip::{GzipReader, Stop};
+pub(crate) use probe::WindowProbe;
 
 pub(crate) use crate::index::WINDOW_MAX;
 

@@ -41,8 +41,8 @@ pub(crate) struct Progress {
 pub(crate) enum At {
     /// Somewhere, for lack of input or room for output.
     Anywhere,
-    /// In front of a block that is not the first. The last `bits_unused` bits of what was consumed belong to it.
-    Block { bits_unused: u32 },
+    /// In front of a block that is not the first. The last `bits_unused` bits of what was consumed, at most 7, belong to it.
+    Block { bits_unused: u8 },
     /// Behind the last block; the rest of its last byte is consumed.
     End,
 }
@@ -114,7 +114,12 @@ impl RawInflate {
         let at = match code {
             Z_STREAM_END => At::End,
             Z_OK if stop_at_blocks && data_type & (AT_BLOCK | IN_LAST_BLOCK) == AT_BLOCK => {
-                At::Block { bits_unused: (data_type & BITS_UNUSED) as u32 }
+                let bits_unused = (data_type & BITS_UNUSED) as u8;
+                // The decoder gives whole bytes back (zlib.h, inflate: "data_type is set to the number of unused bits").
+                if bits_unused > 7 {
+                    return Err(DataError);
+                }
+                At::Block { bits_unused }
             }
             // No progress is no fault: the caller sees it in the counts.
             Z_OK | Z_BUF_ERROR => At::Anywhere,
