@@ -2,4 +2,7 @@
 
 pub mod containerd;
 pub mod fuse;
+pub mod keeper;
 pub mod snapshots;
+#[allow(unsafe_code)]
+mod sys;

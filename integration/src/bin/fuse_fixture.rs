@@ -2,6 +2,7 @@
 //! computed devices.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs::File,
     io::Write,
     os::unix::fs::{FileExt, OpenOptionsExt},
@@ -15,14 +16,31 @@ use anyhow::Context as _;
 use clap::Parser;
 use lab::pattern;
 use serde::Serialize;
+use snapshotter::{
+    fuse::{DeviceAttributes, DeviceMount, Devices, NodeId, ParkedReply, Reply, SessionOptions, session},
+    keeper::{self, DaemonSide, KeeperOptions},
+};
 
 #[derive(Parser)]
 enum Arguments {
     /// Reads a device and compares it with its pattern; SIGUSR1 is handled and changes nothing.
     Read(Read),
+    /// Serves computed devices under a directory.
+    Serve(Serve),
+    /// Internal: a keeper for a daemon that lives.
+    Keeper(Serve),
+    /// Internal: the daemon.
+    Daemon(Serve),
 }
 
 #[derive(clap::Args)]
+struct Serve {
+    /// Directory for everything.
+    directory: PathBuf,
+}
+
+#[derive(clap::Args)]
+#[command(args_override_self = true)]
 struct Read {
     /// File to read.
     path: PathBuf,
@@ -69,13 +87,113 @@ struct Outcome {
     p50: u128,
     p99: u128,
     max: u128,
-    /// Reads that took longer than 100 ms, in milliseconds.
+    /// Milliseconds of the reads that took 10 or more.
     stalls: Vec<u128>,
 }
 
 fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .init();
     match Arguments::parse() {
         Arguments::Read(read) => read.run(),
+        Arguments::Serve(serve) => Ok(keeper::serve(&serve.options())?),
+        Arguments::Keeper(serve) => Ok(keeper::adopt(&serve.options())?),
+        Arguments::Daemon(serve) => serve.daemon(),
+    }
+}
+
+impl Serve {
+    fn options(&self) -> KeeperOptions {
+        let arguments = |command: &str| vec![command.into(), self.directory.clone().into()];
+        KeeperOptions {
+            runtime_directory: self.directory.join("run"),
+            mount_point: self.directory.join("devices"),
+            socket: self.directory.join("service.sock"),
+            keeper_arguments: arguments("keeper"),
+            daemon_arguments: arguments("daemon"),
+            stop_timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// Serves until SIGTERM.
+    fn daemon(self) -> anyhow::Result<()> {
+        let side = DaemonSide::receive(&self.options())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut term = {
+            let _entered = runtime.enter();
+            tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?
+        };
+        let (slow, queue) = std::sync::mpsc::channel();
+        thread::spawn(move || answer_slowly(&queue));
+        let options = SessionOptions { adopted: side.adopted(), ..SessionOptions::default() };
+        let handler = Arc::new(DeviceMount(ComputedDevices { slow: Mutex::new(slow) }));
+        let session = session::run(side.fuse()?, handler, options)?;
+        let ended = session.clone();
+        thread::spawn(move || {
+            eprintln!("session ended: {}", ended.wait());
+            std::process::exit(3);
+        });
+        let listener = side.listener()?;
+        listener.set_nonblocking(false)?;
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                let _ = writeln!(&connection, "{}", std::process::id());
+            }
+        });
+        side.ready();
+        runtime.block_on(term.recv());
+        session.leave();
+        Ok(())
+    }
+}
+
+/// Devices 0 to 9, of 256 GiB each.
+struct ComputedDevices {
+    slow: Mutex<std::sync::mpsc::Sender<Parked>>,
+}
+
+struct Parked {
+    number: u64,
+    offset: u64,
+    size: u32,
+    reply: ParkedReply,
+}
+
+impl Devices for ComputedDevices {
+    fn lookup(&self, name: &OsStr) -> Option<DeviceAttributes> {
+        self.attributes(NodeId::of_layer(name.to_str()?.parse().ok()?)?)
+    }
+
+    fn attributes(&self, node: NodeId) -> Option<DeviceAttributes> {
+        node.layer().filter(|number| *number < 10).map(|_| DeviceAttributes { node, size: 1 << 38 })
+    }
+
+    fn list(&self) -> Vec<(OsString, NodeId)> {
+        (0..10).filter_map(|number| Some((number.to_string().into(), NodeId::of_layer(number)?))).collect()
+    }
+
+    /// Every second 64 KiB of a device take a moment.
+    fn read(&self, node: NodeId, offset: u64, size: u32, reply: Reply) {
+        let number = node.layer().unwrap_or(0);
+        if offset >> 16 & 1 == 1 {
+            let parked = Parked { number, offset, size, reply: reply.park() };
+            let _ = self.slow.lock().unwrap().send(parked);
+            return;
+        }
+        let mut bytes = vec![0; size as usize];
+        pattern::fill(number, offset, &mut bytes);
+        reply.bytes(&bytes);
+    }
+}
+
+fn answer_slowly(queue: &std::sync::mpsc::Receiver<Parked>) {
+    for Parked { number, offset, size, reply } in queue {
+        thread::sleep(Duration::from_millis(1));
+        let mut bytes = vec![0; size as usize];
+        pattern::fill(number, offset, &mut bytes);
+        reply.bytes(&bytes);
     }
 }
 
@@ -125,7 +243,7 @@ impl Read {
         let at =
             |share: f64| times.get(((times.len().max(1) - 1) as f64 * share) as usize).map_or(0, Duration::as_micros);
         (outcome.p50, outcome.p99, outcome.max) = (at(0.5), at(0.99), at(1.0));
-        outcome.stalls = times.iter().filter(|time| time.as_millis() >= 100).map(Duration::as_millis).collect();
+        outcome.stalls = times.iter().filter(|time| time.as_millis() >= 10).map(Duration::as_millis).collect();
         say(&serde_json::to_string(&outcome)?)
     }
 

@@ -1,25 +1,22 @@
-//! The FUSE session against the real kernel. Needs root and `/dev/fuse`; says so where they are missing.
-//!
-//! Who reads the mount is always another process: a process that sleeps in a read of a file system which it serves
-//! itself cannot even be killed.
+//! The session alone, in this process.
 
 use std::{
     collections::HashMap,
     ffi::{OsStr, OsString},
-    io::{BufRead, BufReader, Read as _},
-    path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, Stdio},
+    path::PathBuf,
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
 use lab::pattern;
-use serde::Deserialize;
+use nix::sys::signal::Signal;
 use snapshotter::fuse::{
     DeviceAttributes, DeviceMount, Devices, Failure, NodeId, ParkedReply, Reply, SessionHandle, SessionOptions, mount,
     session,
 };
+
+use super::reader::{Reader, can_mount, eventually, sh};
 
 const DEVICE_SIZE: u64 = 1 << 40;
 
@@ -86,11 +83,11 @@ fn sigkill_ends_a_waiting_reader_at_once() {
         let mut reader = Reader::start(&mounted.path("8"), 8, &arguments(2 * turn));
         eventually("the read is parked", || mounted.session.parked() > 0 && mounted.devices.failures_left(8) == 0);
         // A handled signal first: it must neither fail the read nor hide the SIGKILL that follows.
-        reader.signal(nix::sys::signal::Signal::SIGUSR1);
+        reader.signal(Signal::SIGUSR1);
         thread::sleep(Duration::from_millis(50));
         assert!(reader.child.try_wait().unwrap().is_none(), "{how}: SIGUSR1 ended the read");
         let began = Instant::now();
-        reader.signal(nix::sys::signal::Signal::SIGKILL);
+        reader.signal(Signal::SIGKILL);
         eventually("the reader is gone", || reader.child.try_wait().unwrap().is_some());
         println!("{how}: gone {:?} after SIGKILL that followed a harmless signal", began.elapsed());
         assert!(began.elapsed() < Duration::from_secs(2));
@@ -100,7 +97,7 @@ fn sigkill_ends_a_waiting_reader_at_once() {
         let mut reader = Reader::start(&mounted.path("8"), 8, &arguments(2 * turn + 1));
         eventually("the read is parked", || mounted.session.parked() > 0 && mounted.devices.failures_left(8) == 0);
         let began = Instant::now();
-        reader.signal(nix::sys::signal::Signal::SIGKILL);
+        reader.signal(Signal::SIGKILL);
         eventually("the reader is gone", || reader.child.try_wait().unwrap().is_some());
         println!("{how}: gone {:?} after SIGKILL", began.elapsed());
         assert!(began.elapsed() < Duration::from_millis(500));
@@ -118,7 +115,7 @@ fn a_handled_signal_does_not_fail_a_read() {
         let reader = Reader::start(&mounted.path("8"), 8, &arguments);
         eventually("the read is parked", || mounted.session.parked() > 0);
         for _ in 0..5 {
-            reader.signal(nix::sys::signal::Signal::SIGUSR1);
+            reader.signal(Signal::SIGUSR1);
             thread::sleep(Duration::from_millis(20));
         }
         assert!(mounted.session.parked() > 0);
@@ -231,8 +228,7 @@ struct Mounted {
 
 impl Mounted {
     fn new() -> Option<Mounted> {
-        if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
-            eprintln!("skipped: needs root and /dev/fuse");
+        if !can_mount() {
             return None;
         }
         let directory = tempfile::tempdir().unwrap();
@@ -255,83 +251,5 @@ impl Drop for Mounted {
         // Answers whoever still waits, so that nothing keeps the mount.
         self.devices.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).parked.clear();
         let _ = mount::unmount(&self.mount_point);
-    }
-}
-
-/// A reading process; killed on drop.
-struct Reader {
-    child: Child,
-    lines: BufReader<ChildStdout>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Outcome {
-    reads: u64,
-    failed: Vec<String>,
-    wrong: Vec<u64>,
-    p50: u128,
-    p99: u128,
-}
-
-impl Outcome {
-    fn is_clean(&self, reads: u64) {
-        assert!(self.failed.is_empty() && self.wrong.is_empty() && self.reads == reads, "{self:?}");
-    }
-}
-
-impl Reader {
-    /// Returns when the file is open.
-    fn start(path: &Path, number: u64, arguments: &[impl AsRef<OsStr>]) -> Reader {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_fuse_fixture"))
-            .arg("read")
-            .arg(path)
-            .args(["--number", &number.to_string(), "--span", &(1u64 << 38).to_string()])
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        lines.read_line(&mut line).unwrap();
-        let reader = Reader { child, lines };
-        assert_eq!(line, "started\n");
-        reader
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-
-    fn finish(mut self) -> Outcome {
-        drop(self.child.stdin.take());
-        let mut rest = String::new();
-        self.lines.read_to_string(&mut rest).unwrap();
-        serde_json::from_str(&rest).unwrap_or_else(|error| panic!("{error} in {rest:?}"))
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        // Not waited for without end: a test that fails may leave it in the kernel until the mount is gone.
-        let deadline = Instant::now() + Duration::from_secs(2);
-        while self.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-fn sh(script: &str) -> String {
-    let output = Command::new("timeout").args(["20", "sh", "-c", script]).output().unwrap();
-    String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap()
-}
-
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < deadline, "not within 20 s: {what}");
-        thread::sleep(Duration::from_millis(2));
     }
 }
