@@ -1,10 +1,20 @@
 //! The engine with IO that the snapshotter and the seeder share.
 
+mod chores;
 pub mod config;
+pub mod counters;
 mod cutter;
+mod driver;
+mod fill;
 pub mod ingest;
+pub mod layer;
+pub mod node;
+pub mod reader;
 pub mod registry;
 pub mod security;
 pub mod seeder;
 pub mod serve;
 pub mod source;
+pub mod store;
+
+pub use node::{Incoming, Node, NodeConfig};

@@ -373,15 +373,11 @@ impl Swarm {
         self.timers.next().into_iter().chain(quiet_at).min()
     }
 
-    /// Bytes of wanted background chunks, which the owner keeps bounded.
-    pub fn background_bytes(&self) -> u64 {
-        self.books
-            .values()
-            .map(|book| {
-                let wanted = book.wants(0..u32::MAX).filter(|(_, want)| want.wants(Priority::Background)).count();
-                wanted as u64 * book.geometry.chunk_size()
-            })
-            .sum()
+    /// Bytes of a layer's wanted background chunks, which the owner keeps bounded.
+    pub fn background_bytes(&self, layer: LayerKey) -> u64 {
+        let Some(book) = self.books.get(&layer) else { return 0 };
+        let wanted = book.wants(0..u32::MAX).filter(|(_, want)| want.wants(Priority::Background)).count();
+        wanted as u64 * book.geometry.chunk_size()
     }
 
     /// Whether demand is wanted, or was within [`Config::quiet`].

@@ -402,7 +402,7 @@ fn cancelled_and_removed_wants_leave_nothing_behind() {
     net.drain();
     assert!(net.running.is_empty());
     assert_eq!(net.swarm.poll_timeout(), None);
-    assert_eq!(net.swarm.background_bytes(), 0);
+    assert_eq!(net.swarm.background_bytes(layer), 0);
 }
 
 fn behaviour() -> impl Strategy<Value = Behaviour> {

@@ -1,0 +1,136 @@
+//! Wants the rest of mounted layers in the background, within a rate. When it is their turn is the swarm's policy.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use swarm::{LayerKey, Priority, Swarm};
+
+use crate::layer::Layer;
+
+/// Bytes of background wants that a layer may have open: enough for the runs in flight, little enough that a new layer
+/// gets its turn soon.
+const WINDOW: u64 = 32 << 20;
+
+/// Most bytes that are wanted at once where there is a rate, and how much of it may be saved up.
+const BURST: u64 = 4 << 20;
+
+/// Keeps background wants open for the layers that are filling.
+#[derive(Debug)]
+pub(crate) struct Fill {
+    layers: BTreeMap<LayerKey, Filling>,
+    paused: Arc<AtomicBool>,
+    rate: Option<Rate>,
+}
+
+#[derive(Debug)]
+struct Filling {
+    layer: Arc<Layer>,
+    next: u32,
+}
+
+/// A bucket of bytes.
+#[derive(Debug)]
+struct Rate {
+    bytes_per_sec: u64,
+    saved: u64,
+    at: Duration,
+}
+
+impl Fill {
+    /// `bytes_per_sec` counts plain bytes; `None`: as fast as sources give while nobody else needs them.
+    pub(crate) fn new(paused: Arc<AtomicBool>, bytes_per_sec: Option<u64>) -> Self {
+        let rate = bytes_per_sec.map(|bytes_per_sec| Rate {
+            bytes_per_sec: bytes_per_sec.max(1),
+            saved: BURST,
+            at: Duration::ZERO,
+        });
+        Self { layers: BTreeMap::new(), paused, rate }
+    }
+
+    /// The layer may have begun or ceased to fill.
+    pub(crate) fn look_at(&mut self, layer: &Arc<Layer>) {
+        if layer.is_filling() && layer.has_sources() {
+            self.layers.entry(layer.key()).or_insert_with(|| Filling { layer: layer.clone(), next: 0 });
+        } else {
+            self.layers.remove(&layer.key());
+        }
+    }
+
+    pub(crate) fn remove(&mut self, layer: LayerKey) {
+        self.layers.remove(&layer);
+    }
+
+    /// Opens wants; gives when the rate allows more.
+    pub(crate) fn step(&mut self, now: Duration, swarm: &mut Swarm) -> Option<Duration> {
+        self.layers.retain(|_, filling| filling.layer.is_filling());
+        if self.layers.is_empty() || self.paused.load(Ordering::Acquire) {
+            return None;
+        }
+        if let Some(rate) = &mut self.rate {
+            rate.fill_up(now);
+        }
+        for (key, filling) in &mut self.layers {
+            let geometry = filling.layer.geometry();
+            let mut open = swarm.background_bytes(*key);
+            while open < WINDOW {
+                let Some(gap) = filling.layer.store().next_missing(filling.next) else {
+                    // What is wanted already is wanted no better by saying it again.
+                    if open == 0 && filling.next > 0 {
+                        filling.next = 0;
+                        continue;
+                    }
+                    break;
+                };
+                let mut bytes = WINDOW - open;
+                if let Some(rate) = &mut self.rate {
+                    if rate.saved < geometry.chunk_size() {
+                        return Some(now + rate.until(geometry.chunk_size()));
+                    }
+                    bytes = bytes.min(rate.saved);
+                }
+                let chunks = u32::try_from(bytes >> geometry.chunk_log2()).unwrap_or(u32::MAX).max(1);
+                let run = gap.start..gap.end.min(gap.start.saturating_add(chunks));
+                let bytes = u64::from(run.end - run.start) * geometry.chunk_size();
+                if let Some(rate) = &mut self.rate {
+                    rate.saved = rate.saved.saturating_sub(bytes);
+                }
+                open += bytes;
+                filling.next = run.end;
+                swarm.want(now, *key, run, Priority::Background, Duration::MAX);
+            }
+        }
+        None
+    }
+}
+
+impl Rate {
+    fn fill_up(&mut self, now: Duration) {
+        let earned = (now.saturating_sub(self.at)).as_micros() * u128::from(self.bytes_per_sec) / 1_000_000;
+        if earned > 0 {
+            self.saved = self.saved.saturating_add(u64::try_from(earned).unwrap_or(u64::MAX)).min(BURST);
+            self.at = now;
+        }
+    }
+
+    fn until(&self, bytes: u64) -> Duration {
+        let missing = bytes.saturating_sub(self.saved);
+        Duration::from_micros((missing * 1_000_000).div_ceil(self.bytes_per_sec).max(1000))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rate_saves_at_most_a_burst() {
+        let mut rate = Rate { bytes_per_sec: 1 << 20, saved: 0, at: Duration::ZERO };
+        rate.fill_up(Duration::from_millis(500));
+        assert_eq!(rate.saved, 512 << 10);
+        assert_eq!(rate.until(1 << 20), Duration::from_millis(500));
+        rate.fill_up(Duration::from_secs(100));
+        assert_eq!(rate.saved, BURST);
+    }
+}

@@ -1,0 +1,486 @@
+//! A layer that can be read while most of it is elsewhere.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use layer::index::{Header, Section, Spans, parse_entries};
+use layer::tree::Tree;
+use layer::{ChunkIndex, Digest, Geometry};
+use parking_lot::Mutex;
+use swarm::{LayerKey, SourceId};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::counters::{CounterValues, Counters};
+use crate::driver::Inbox;
+use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits};
+use crate::source::Source;
+use crate::store::{Added, LayerStore, StoreError};
+
+/// How often a read starts again when its chunks came and were lost before it could read them.
+const ATTEMPTS_MAX: u32 = 3;
+
+/// How often a layer may log that its disk or its sources fail.
+const LOG_PAUSE: Duration = Duration::from_secs(5);
+
+/// One layer of the node: its index, the chunks that are here, and who waits for others.
+#[derive(Debug)]
+pub struct Layer {
+    store: LayerStore,
+    waits: Waits,
+    streams: Streams,
+    /// Runs to fetch ahead of readers, until the driver takes them.
+    ahead: Mutex<Vec<Range<u32>>>,
+    sources: Mutex<Sources>,
+    filling: AtomicBool,
+    complete: AtomicBool,
+    counters: Counters,
+    inbox: Arc<Inbox>,
+    logged_unstored: Mutex<Option<Instant>>,
+    logged_failure: Mutex<Option<Instant>>,
+}
+
+/// The sources of a layer. The version grows when a source is replaced, so that the driver notices.
+#[derive(Debug, Default)]
+struct Sources {
+    version: u64,
+    by_id: BTreeMap<SourceId, (u64, Arc<dyn Source>)>,
+}
+
+/// A read that waits. Dropping it ends the wait; [`OnDone`] is not called any more then.
+#[must_use = "dropping it cancels the read"]
+#[derive(Debug)]
+pub struct WaitHandle {
+    wait: Option<(Arc<Layer>, u64)>,
+}
+
+/// Settings of a layer's reads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReadOptions {
+    pub(crate) waiting_max: usize,
+    pub(crate) readahead_bytes_max: u64,
+}
+
+impl Layer {
+    pub(crate) fn new(store: LayerStore, options: ReadOptions, node: Arc<Counters>, inbox: Arc<Inbox>) -> Arc<Self> {
+        let waits = Waits::new(options.waiting_max);
+        if let Some(reason) = store.quarantined() {
+            waits.close(ReadError::Quarantined(reason));
+        }
+        Arc::new(Self {
+            complete: AtomicBool::new(store.is_complete()),
+            store,
+            waits,
+            streams: Streams::new(options.readahead_bytes_max),
+            ahead: Mutex::default(),
+            sources: Mutex::default(),
+            filling: AtomicBool::new(false),
+            counters: Counters::of_layer(node),
+            inbox,
+            logged_unstored: Mutex::default(),
+            logged_failure: Mutex::default(),
+        })
+    }
+
+    /// The index's header.
+    pub fn header(&self) -> &Header {
+        self.store.header()
+    }
+
+    /// Digest of the device.
+    pub fn diff_id(&self) -> Digest {
+        self.store.header().diff_id()
+    }
+
+    /// How the device is cut into chunks.
+    pub fn geometry(&self) -> Geometry {
+        self.store.header().geometry()
+    }
+
+    /// The layer's number on this node: the same after each restart, and never another layer's.
+    pub fn number(&self) -> u64 {
+        self.store.number()
+    }
+
+    /// The signature of the index, as the layer was inserted with.
+    pub fn signature(&self) -> &[u8] {
+        self.store.signature()
+    }
+
+    /// The layer's paths, read from disk and parsed with each call.
+    pub fn tree(&self) -> Result<Tree, StoreError> {
+        let bytes = self.store.section(Section::Entries)?.ok_or_else(|| self.missing(Section::Entries))?;
+        Ok(parse_entries(self.header(), &bytes)?)
+    }
+
+    /// The encoded bytes of a section, to pass them on; `None` where it is not here.
+    pub fn section(&self, section: Section) -> Result<Option<Vec<u8>>, StoreError> {
+        self.store.section(section)
+    }
+
+    /// How to inflate the blob, where the spans section is here.
+    pub fn spans(&self) -> Result<Option<Spans>, StoreError> {
+        let Some(bytes) = self.store.section(Section::Spans)? else { return Ok(None) };
+        Ok(Some(Spans::parse(self.header(), &bytes)?))
+    }
+
+    /// Stores the spans section, which may come later than the others. Blocks for the disk.
+    pub fn put_spans(&self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.store.put_section(Section::Spans, bytes)
+    }
+
+    /// Whether every chunk is here.
+    pub fn is_complete(&self) -> bool {
+        self.complete.load(Ordering::Acquire) && !self.store.is_quarantined()
+    }
+
+    /// Whether the device is complete and was compared whole with its diffID, so that it may be read without Drover in
+    /// between ([`Layer::device_path`]).
+    pub fn is_proven(&self) -> bool {
+        self.is_complete() && self.store.is_proven()
+    }
+
+    /// Why the layer must not be used for new mounts, if so: its index lies.
+    pub fn quarantine(&self) -> Option<String> {
+        self.store.quarantined()
+    }
+
+    /// The file with the device's chunks; holes where chunks are missing.
+    pub fn device_path(&self) -> PathBuf {
+        self.store.device_path()
+    }
+
+    /// Bytes of the chunks that are here.
+    pub fn bytes_here(&self) -> u64 {
+        self.store.bytes_here()
+    }
+
+    /// What came from where, and how reads fared, since the node was opened.
+    pub fn counters(&self) -> CounterValues {
+        self.counters.values()
+    }
+
+    /// Reads that wait for chunks now.
+    pub fn waiting_reads(&self) -> usize {
+        self.waits.read_count()
+    }
+
+    /// Lets chunks be fetched from `source` too. One with the same kind and label is replaced.
+    pub fn add_source(&self, source: Arc<dyn Source>) {
+        let id = self.inbox.source_id(source.kind(), source.label());
+        {
+            let mut sources = self.sources.lock();
+            sources.version += 1;
+            let version = sources.version;
+            sources.by_id.insert(id, (version, source));
+        }
+        self.inbox.touch(self.key());
+    }
+
+    /// Forgets the source of that kind and label; its transfers for this layer end.
+    pub fn remove_source(&self, source: &dyn Source) {
+        let id = self.inbox.source_id(source.kind(), source.label());
+        self.sources.lock().by_id.remove(&id);
+        self.inbox.touch(self.key());
+    }
+
+    /// Whether chunks that are missing can be asked for.
+    pub fn has_sources(&self) -> bool {
+        !self.sources.lock().by_id.is_empty()
+    }
+
+    /// Whether the rest of the layer is fetched in the background. Off for a new layer: turn it on once it is mounted.
+    pub fn set_filling(&self, filling: bool) {
+        self.filling.store(filling, Ordering::Release);
+        self.inbox.touch(self.key());
+    }
+
+    /// Reads `range`, cut at the end of the device, in place of what `buf` has, if all of it is here. Never waits for the
+    /// network; blocks for the disk. `None`: not all is here, or the layer is quarantined. The disk's errors are not seen: what
+    /// cannot be read is missing.
+    pub fn read_now(&self, range: Range<u64>, buf: &mut Vec<u8>) -> Option<io::Result<()>> {
+        let range = self.clamp(range);
+        let is_here = self.read_here(&range, buf);
+        if is_here {
+            self.counters.add(|counters| &counters.reads_here, 1);
+            self.observe(&range);
+        }
+        is_here.then_some(Ok(()))
+    }
+
+    /// Reads `range`, cut at the end of the device. Waits for missing chunks, at most until their deadline
+    /// ([`crate::NodeConfig::read_deadline`]). Dropping the future ends the wait.
+    pub fn read(
+        self: &Arc<Self>,
+        range: Range<u64>,
+    ) -> impl Future<Output = Result<Bytes, ReadError>> + Send + 'static {
+        let layer = self.clone();
+        async move {
+            let (sender, receiver) = oneshot::channel();
+            let _wait = layer.read_with(
+                range,
+                Box::new(move |result| {
+                    let _ = sender.send(result);
+                }),
+            );
+            receiver.await.unwrap_or(Err(ReadError::Removed))
+        }
+    }
+
+    /// The same with a callback, which is called before this returns if nothing has to be waited for. The caller needs no
+    /// runtime.
+    pub fn read_with(self: &Arc<Self>, range: Range<u64>, on_done: OnDone) -> WaitHandle {
+        let range = self.clamp(range);
+        self.observe(&range);
+        let chunks = self.geometry().covering(range.clone());
+        self.enter(Waiting::new(range, chunks, Instant::now(), on_done))
+    }
+
+    /// Wants the missing chunks of `range` soon, without waiting for them.
+    pub fn prefetch(&self, range: Range<u64>) {
+        let run = self.geometry().covering(self.clamp(range));
+        if !run.is_empty() && !self.is_complete() {
+            self.ahead.lock().push(run);
+            self.inbox.touch(self.key());
+        }
+    }
+
+    /// Takes the plain bytes of a chunk that came in another way than from a source. Gives whether they are the chunk.
+    pub fn add_chunk(self: &Arc<Self>, chunk: ChunkIndex, plain: &[u8]) -> bool {
+        if !self.store.digests().is_chunk(chunk, plain) {
+            return false;
+        }
+        self.take_chunk(chunk.0, plain);
+        self.inbox.here(self.key(), chunk.0);
+        true
+    }
+
+    pub(crate) fn key(&self) -> LayerKey {
+        LayerKey(self.store.number())
+    }
+
+    pub(crate) fn store(&self) -> &LayerStore {
+        &self.store
+    }
+
+    pub(crate) fn waits(&self) -> &Waits {
+        &self.waits
+    }
+
+    pub(crate) fn own_counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(crate) fn is_filling(&self) -> bool {
+        self.filling.load(Ordering::Acquire) && !self.is_complete() && !self.store.is_quarantined()
+    }
+
+    pub(crate) fn source(&self, id: SourceId) -> Option<Arc<dyn Source>> {
+        self.sources.lock().by_id.get(&id).map(|(_, source)| source.clone())
+    }
+
+    /// The sources with their versions.
+    pub(crate) fn sources(&self) -> BTreeMap<SourceId, (u64, Arc<dyn Source>)> {
+        self.sources.lock().by_id.clone()
+    }
+
+    /// The runs of missing chunks that readers will probably need.
+    pub(crate) fn take_ahead(&self) -> Vec<Range<u32>> {
+        let asked = std::mem::take(&mut *self.ahead.lock());
+        let mut missing = Vec::new();
+        for run in asked {
+            let mut from = run.start;
+            while let Some(gap) = self.store.next_missing(from).filter(|gap| gap.start < run.end) {
+                from = gap.end;
+                missing.push(gap.start..gap.end.min(run.end));
+            }
+        }
+        missing
+    }
+
+    /// Stores a chunk whose digest was checked and wakes who waits for it. Gives whether it was missing.
+    pub(crate) fn take_chunk(self: &Arc<Self>, chunk: u32, plain: &[u8]) -> bool {
+        let is_new = match self.store.add(chunk, plain) {
+            Added::Known => false,
+            Added::Written => {
+                self.inbox.needs_flush(self.key());
+                true
+            }
+            Added::Unstored(error) => {
+                self.counters.add(|counters| &counters.unstored_chunks, 1);
+                if is_time(&self.logged_unstored) {
+                    tracing::warn!(layer = %self.diff_id(), %error, "cannot store chunks: reads go on, but each fetches its chunks again");
+                }
+                true
+            }
+        };
+        if self.store.is_complete() && !self.complete.swap(true, Ordering::AcqRel) {
+            tracing::info!(layer = %self.diff_id(), "complete");
+            self.inbox.needs_flush(self.key());
+        }
+        let ready = self.waits.arrived(chunk, |chunk| self.store.is_here(chunk));
+        self.answer(ready);
+        is_new
+    }
+
+    /// Fails everyone who waits for `chunk`.
+    pub(crate) fn fail_chunk(self: &Arc<Self>, chunk: u32, reasons: Arc<[String]>) {
+        let (failed, ready) = self.waits.failed(chunk, |chunk| self.store.is_here(chunk));
+        if !failed.is_empty() && is_time(&self.logged_failure) {
+            let reasons = reasons.join("; ");
+            tracing::warn!(layer = %self.diff_id(), chunk, reads = failed.len(), reasons, "a chunk did not arrive in time: its reads fail");
+        }
+        self.fail(failed, ReadError::Deadline { chunk, reasons });
+        self.answer(ready);
+    }
+
+    /// Fails everyone who waits or ever will.
+    pub(crate) fn close(self: &Arc<Self>, error: ReadError) {
+        let waiting = self.waits.close(error.clone());
+        self.fail(waiting, error);
+        self.inbox.touch(self.key());
+    }
+
+    /// The store lost chunks.
+    pub(crate) fn note_loss(&self) {
+        self.complete.store(self.store.is_complete(), Ordering::Release);
+        let rotten = self.store.faults().rotten.swap(0, Ordering::Relaxed);
+        if rotten > 0 {
+            self.counters.add(|counters| &counters.rotten_chunks, rotten);
+            tracing::warn!(layer = %self.diff_id(), chunks = rotten, "chunks were lost or damaged on disk and are fetched again");
+            self.inbox.needs_flush(self.key());
+            self.inbox.touch(self.key());
+        }
+    }
+
+    fn enter(self: &Arc<Self>, mut read: Waiting) -> WaitHandle {
+        let mut buf = Vec::new();
+        loop {
+            if self.read_here(&read.range, &mut buf) {
+                self.finish(read, Bytes::from(buf));
+                return WaitHandle { wait: None };
+            }
+            if read.attempts >= ATTEMPTS_MAX {
+                self.fail(vec![read], ReadError::Io);
+                return WaitHandle { wait: None };
+            }
+            match self.waits.enter(read, |chunk| self.store.is_here(chunk)) {
+                Enter::Waits(id) => {
+                    self.inbox.touch(self.key());
+                    return WaitHandle { wait: Some((self.clone(), id)) };
+                }
+                Enter::Ready(again) => {
+                    read = again;
+                    read.attempts += 1;
+                }
+                Enter::Closed(read, error) => {
+                    self.fail(vec![read], error);
+                    return WaitHandle { wait: None };
+                }
+            }
+        }
+    }
+
+    /// Answers reads whose chunks are all here.
+    fn answer(self: &Arc<Self>, ready: Vec<Waiting>) {
+        for mut read in ready {
+            read.attempts += 1;
+            // Where the chunks are gone again it waits on, under the same number.
+            self.enter(read).detach();
+        }
+    }
+
+    fn finish(&self, read: Waiting, bytes: Bytes) {
+        if read.attempts == 0 {
+            self.counters.add(|counters| &counters.reads_here, 1);
+        } else {
+            self.counters.waited(read.since.elapsed());
+        }
+        (read.on_done)(Ok(bytes));
+    }
+
+    fn fail(&self, reads: Vec<Waiting>, error: ReadError) {
+        for read in reads {
+            self.counters.add(|counters| &counters.reads_failed, 1);
+            (read.on_done)(Err(error.clone()));
+        }
+    }
+
+    fn read_here(&self, range: &Range<u64>, buf: &mut Vec<u8>) -> bool {
+        let is_here = !self.store.is_quarantined() && self.store.read(range, buf);
+        if !is_here && self.store.faults().rotten.load(Ordering::Relaxed) > 0 {
+            self.note_loss();
+        }
+        is_here
+    }
+
+    fn observe(&self, range: &Range<u64>) {
+        if !self.complete.load(Ordering::Acquire)
+            && let Some(ahead) = self.streams.observe(range)
+        {
+            self.prefetch(ahead);
+        }
+    }
+
+    fn clamp(&self, range: Range<u64>) -> Range<u64> {
+        let end = range.end.min(self.header().device_size());
+        range.start.min(end)..end
+    }
+
+    fn missing(&self, section: Section) -> StoreError {
+        StoreError::Damaged {
+            path: self.store.device_path().with_file_name(section.name()),
+            reason: "the file is missing".into(),
+        }
+    }
+}
+
+impl WaitHandle {
+    /// Ends the wait. `false`: it was over, and [`OnDone`] was or is being called.
+    pub fn cancel(mut self) -> bool {
+        self.leave()
+    }
+
+    /// Lets the read wait on its own.
+    pub fn detach(mut self) {
+        self.wait = None;
+    }
+
+    fn leave(&mut self) -> bool {
+        let Some((layer, id)) = self.wait.take() else { return false };
+        let (read, ready) = layer.waits.cancel(id, |chunk| layer.store.is_here(chunk));
+        layer.answer(ready);
+        layer.inbox.touch(layer.key());
+        read.is_some()
+    }
+}
+
+impl Drop for WaitHandle {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "layer {}", self.diff_id())
+    }
+}
+
+/// Whether something that is said rarely may be said now.
+fn is_time(last: &Mutex<Option<Instant>>) -> bool {
+    let mut last = last.lock();
+    let is_time = last.is_none_or(|last| last.elapsed() >= LOG_PAUSE);
+    if is_time {
+        *last = Some(Instant::now());
+    }
+    is_time
+}

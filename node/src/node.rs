@@ -1,0 +1,345 @@
+//! The engine: all layers of one machine, and what drives them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use layer::index::Section;
+use layer::{ChunkIndex, Digest};
+use parking_lot::Mutex;
+use swarm::{LayerKey, Swarm};
+use tokio::time::Instant;
+
+use crate::chores::{Arriving, Chores};
+use crate::counters::{CounterValues, Counters};
+use crate::driver::{Driver, Inbox, Layers};
+use crate::fill::Fill;
+use crate::layer::{Layer, ReadOptions};
+use crate::reader::ReadError;
+use crate::store::{Backend, BrokenLayer, Disk, IncomingStore, LayerParts, Prepared, Store, StoreError};
+
+/// Settings of a [`Node`].
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Directory of the store. Its parent must exist; other files may be in it.
+    pub root: PathBuf,
+    /// How long a read waits for a chunk before it fails.
+    pub read_deadline: Duration,
+    /// Whether layers that are filling ([`Layer::set_filling`]) are fetched whole in the background.
+    pub fill: bool,
+    /// Most plain bytes per second that the background fetches; 0: no limit.
+    pub fill_rate: u64,
+    /// How far ahead of a sequential reader chunks are fetched, in bytes; 0: not at all. Too much and containers start
+    /// with bytes that they do not need; too little and a sequential read waits for each round trip.
+    pub readahead: u64,
+    /// Most reads of one layer that wait for chunks at the same time; more wait in line.
+    pub waiting_reads_max: usize,
+    /// How sources are chosen.
+    pub swarm: swarm::Config,
+}
+
+impl NodeConfig {
+    /// The defaults for a store at `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            read_deadline: Duration::from_secs(30),
+            fill: true,
+            fill_rate: 0,
+            readahead: 2 << 20,
+            waiting_reads_max: 4096,
+            swarm: swarm::Config::default(),
+        }
+    }
+}
+
+/// All layers of one machine. Dropping it without [`Node::shutdown`] is like a crash of the process: nothing is lost but
+/// the proof that nothing was.
+#[derive(Debug)]
+pub struct Node {
+    store: Store,
+    layers: Layers,
+    broken: Mutex<Vec<BrokenLayer>>,
+    inbox: Arc<Inbox>,
+    counters: Arc<Counters>,
+    arriving: Arriving,
+    chores: Mutex<Chores>,
+    fill_paused: Arc<AtomicBool>,
+    read_options: ReadOptions,
+    /// Held while a layer comes or goes, so that a diffID has one layer.
+    placing: Mutex<()>,
+}
+
+/// A device that arrives while its index is not known: its chunks are kept, and believed once the index names them.
+#[derive(Debug)]
+pub struct Incoming {
+    store: IncomingStore,
+    unsynced: AtomicU64,
+    inbox: Arc<Inbox>,
+}
+
+/// A number that no layer has.
+const NO_LAYER: LayerKey = LayerKey(0);
+
+impl Node {
+    /// Opens the store and starts the engine on the current tokio runtime. Needs no network; a layer that cannot be opened is
+    /// reported by [`Node::broken_layers`] and does not stop the others. Blocks for the disk.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn open(config: NodeConfig) -> Result<Arc<Self>, StoreError> {
+        let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
+        // Without a boot id every unclean end counts as one of the machine.
+        let boot_id = std::fs::read_to_string(path).unwrap_or_default();
+        Self::open_on(Arc::new(Disk), config, boot_id.trim())
+    }
+
+    pub(crate) fn open_on(
+        backend: Arc<dyn Backend>,
+        config: NodeConfig,
+        boot_id: &str,
+    ) -> Result<Arc<Self>, StoreError> {
+        let (store, found) = Store::open(backend, &config.root, boot_id)?;
+        for broken in &found.broken {
+            tracing::error!(layer = broken.name, error = %broken.error, "a layer cannot be opened; the others are not affected");
+        }
+        if found.after_crash {
+            tracing::info!(
+                layers = found.layers.len(),
+                "the machine ended uncleanly: chunks are checked before they are used"
+            );
+        }
+        let read_options = ReadOptions { waiting_max: config.waiting_reads_max, readahead_bytes_max: config.readahead };
+        let inbox = Arc::new(Inbox::default());
+        let counters = Arc::new(Counters::default());
+        let layers: Layers = Arc::default();
+        for store in found.layers {
+            let layer = Layer::new(store, read_options, counters.clone(), inbox.clone());
+            layers.lock().insert(layer.key(), layer);
+        }
+        let arriving = Arriving::default();
+        let chores = Chores::start(layers.clone(), arriving.clone(), inbox.clone())
+            .map_err(StoreError::io("start the threads of", &config.root))?;
+        let fill_paused = Arc::new(AtomicBool::new(!config.fill));
+        let rate = Some(config.fill_rate).filter(|rate| *rate > 0);
+        let driver = Driver {
+            layers: layers.clone(),
+            inbox: inbox.clone(),
+            swarm: Swarm::new(config.swarm, seed()),
+            fill: Fill::new(fill_paused.clone(), rate),
+            read_deadline: config.read_deadline,
+            epoch: Instant::now(),
+            known: BTreeMap::new(),
+            running: BTreeMap::new(),
+        };
+        tokio::spawn(driver.run());
+        let node = Self {
+            store,
+            layers,
+            broken: Mutex::new(found.broken),
+            inbox,
+            counters,
+            arriving,
+            chores: Mutex::new(chores),
+            fill_paused,
+            read_options,
+            placing: Mutex::default(),
+        };
+        for layer in node.layers() {
+            node.inbox.touch(layer.key());
+            if layer.is_complete() && !layer.is_proven() {
+                node.inbox.needs_flush(layer.key());
+            }
+        }
+        Ok(Arc::new(node))
+    }
+
+    /// The layer with that diffID.
+    pub fn layer(&self, diff_id: Digest) -> Option<Arc<Layer>> {
+        self.layers.lock().values().find(|layer| layer.diff_id() == diff_id).cloned()
+    }
+
+    /// The layer with that [`Layer::number`].
+    pub fn layer_by_number(&self, number: u64) -> Option<Arc<Layer>> {
+        self.layers.lock().get(&LayerKey(number)).cloned()
+    }
+
+    /// The layer whose blob has that digest.
+    pub fn layer_by_blob(&self, blob: Digest) -> Option<Arc<Layer>> {
+        self.layers.lock().values().find(|layer| layer.header().blob() == blob).cloned()
+    }
+
+    /// All layers, in the order in which they came.
+    pub fn layers(&self) -> Vec<Arc<Layer>> {
+        self.layers.lock().values().cloned().collect()
+    }
+
+    /// Layer directories that could not be opened, as name and reason.
+    pub fn broken_layers(&self) -> Vec<(String, String)> {
+        self.broken.lock().iter().map(|broken| (broken.name.clone(), broken.error.to_string())).collect()
+    }
+
+    /// What all layers counted together, removed ones included, since the node was opened.
+    pub fn counters(&self) -> CounterValues {
+        self.counters.values()
+    }
+
+    /// Stops or continues the background.
+    pub fn set_fill_paused(&self, paused: bool) {
+        self.fill_paused.store(paused, Ordering::Release);
+        self.inbox.wake();
+    }
+
+    /// Takes a layer in whose index is known and proven (see [`LayerParts::signature`]). One with the same diffID that
+    /// is here stays as it is, apart from spans that it did not have. Blocks for the disk.
+    pub fn insert(&self, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        if let Some(layer) = self.usable(parts.header.diff_id()) {
+            return self.complete_sections(layer, parts);
+        }
+        let prepared = self.store.prepare(parts)?;
+        let directory = prepared.directory.clone();
+        let placed = self.place(prepared, parts);
+        // Where it was placed, nothing has that name any more.
+        self.store.discard(&directory);
+        placed
+    }
+
+    /// Makes room for a device whose index is not known yet. Dropping it without [`Node::adopt`] removes what came.
+    /// Blocks for the disk.
+    pub fn incoming(&self, blob: Digest, chunk_log2: u8) -> Result<Arc<Incoming>, StoreError> {
+        let store = self.store.incoming(&blob, chunk_log2)?;
+        let incoming = Arc::new(Incoming { store, unsynced: AtomicU64::new(0), inbox: self.inbox.clone() });
+        self.arriving.lock().push(Arc::downgrade(&incoming));
+        Ok(incoming)
+    }
+
+    /// Makes a layer of what came in: the chunks that the index names are here at once. Like [`Node::insert`] otherwise. Nothing
+    /// may be written to `incoming` any more. Blocks for the disk.
+    pub fn adopt(&self, incoming: &Incoming, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        let diff_id = parts.header.diff_id();
+        let result = match self.usable(diff_id) {
+            Some(layer) => self.complete_sections(layer, parts),
+            None => {
+                let prepared = self.store.prepare_incoming(&incoming.store, parts)?;
+                self.place(prepared, parts)
+            }
+        };
+        if let Ok(layer) = &result {
+            // A layer that was here meanwhile has another device.
+            let arrived = incoming.store.arrived();
+            for (chunk, arrived) in arrived.into_iter().filter(|(chunk, _)| !layer.store().is_here(*chunk)) {
+                if let Ok(plain) = incoming.store.read(chunk, arrived) {
+                    layer.add_chunk(ChunkIndex(chunk), &plain);
+                }
+            }
+            self.inbox.needs_flush(layer.key());
+        }
+        result
+    }
+
+    /// Removes a layer with its bytes. Its reads fail; mounts of it must be gone. Gives whether there was one. Blocks
+    /// for the disk.
+    pub fn remove(&self, diff_id: Digest) -> Result<bool, StoreError> {
+        let _placing = self.placing.lock();
+        let Some(layer) = self.layer(diff_id) else { return Ok(false) };
+        self.layers.lock().remove(&layer.key());
+        layer.close(ReadError::Removed);
+        self.store.remove(layer.store())?;
+        Ok(true)
+    }
+
+    /// Stops the engine and ends the store cleanly, so that nothing has to be checked at the next start. Reads that wait are not
+    /// answered any more: over a takeover the kernel asks the next process.
+    pub async fn shutdown(self: &Arc<Self>) {
+        let node = self.clone();
+        let stopped = tokio::task::spawn_blocking(move || node.close()).await;
+        if let Ok(Err(error)) = stopped {
+            tracing::warn!(%error, "the store did not end cleanly: its chunks are checked at the next start");
+        }
+    }
+
+    fn close(&self) -> Result<(), StoreError> {
+        self.inbox.stop();
+        self.chores.lock().join();
+        for layer in self.layers() {
+            layer.store().close()?;
+        }
+        self.store.close()
+    }
+
+    /// The layer, unless it is quarantined.
+    fn usable(&self, diff_id: Digest) -> Option<Arc<Layer>> {
+        self.layer(diff_id).filter(|layer| layer.quarantine().is_none())
+    }
+
+    fn complete_sections(&self, layer: Arc<Layer>, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        if let Some(spans) = &parts.spans
+            && layer.header() == &parts.header
+            && layer.section(Section::Spans)?.is_none()
+        {
+            layer.put_spans(spans)?;
+        }
+        Ok(layer)
+    }
+
+    fn place(&self, prepared: Prepared, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        let _placing = self.placing.lock();
+        let diff_id = parts.header.diff_id();
+        if let Some(layer) = self.usable(diff_id) {
+            return self.complete_sections(layer, parts);
+        }
+        if let Some(quarantined) = self.layer(diff_id) {
+            // A new index may be right. Mounts of the old one keep failing.
+            self.layers.lock().remove(&quarantined.key());
+            quarantined.close(ReadError::Removed);
+        }
+        let store = self.store.place(prepared)?;
+        self.broken.lock().retain(|broken| broken.name != diff_id.hex());
+        let layer = Layer::new(store, self.read_options, self.counters.clone(), self.inbox.clone());
+        self.layers.lock().insert(layer.key(), layer.clone());
+        self.inbox.touch(layer.key());
+        Ok(layer)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.inbox.stop();
+        self.chores.lock().join();
+    }
+}
+
+impl Incoming {
+    /// Writes a chunk. Nothing is believed of it yet, so it may come from anyone; one that comes again replaces the
+    /// first. Blocks for the disk.
+    pub fn write(&self, chunk: ChunkIndex, plain: &[u8]) -> io::Result<()> {
+        self.store.write(chunk, plain)?;
+        if self.unsynced.fetch_add(plain.len() as u64, Ordering::Relaxed) > 16 << 20 {
+            self.inbox.needs_flush(NO_LAYER);
+        }
+        Ok(())
+    }
+
+    /// Bytes that came.
+    pub fn bytes_here(&self) -> u64 {
+        self.store.arrived().values().map(|arrived| arrived.len as u64).sum()
+    }
+
+    pub(crate) fn store(&self) -> &IncomingStore {
+        &self.store
+    }
+
+    pub(crate) fn unsynced(&self) -> &AtomicU64 {
+        &self.unsynced
+    }
+}
+
+/// Differs between nodes and starts, which is all that the swarm's jitter needs.
+fn seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::hash::RandomState::new().build_hasher().finish()
+}

@@ -1,0 +1,94 @@
+//! A device that arrives while its index is not known.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ::layer::chunk::CHUNK_LOG2_RANGE;
+use ::layer::{ChunkDigest, ChunkIndex};
+use parking_lot::Mutex;
+
+use super::backend::{Backend, File};
+use super::{StoreError, layer::DEVICE};
+
+/// Chunks and their digests. Nothing is believed of them: only those that turn out to be in the index are used.
+#[derive(Debug)]
+pub(crate) struct IncomingStore {
+    backend: Arc<dyn Backend>,
+    directory: PathBuf,
+    device: Arc<dyn File>,
+    chunk_log2: u8,
+    chunks: Mutex<BTreeMap<u32, Arrived>>,
+}
+
+impl Drop for IncomingStore {
+    fn drop(&mut self) {
+        // Where it became a layer, nothing has this name any more. What cannot be removed now is removed when the store is
+        // opened next.
+        let _ = self.backend.remove(&self.directory);
+    }
+}
+
+/// A chunk as it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Arrived {
+    pub(crate) digest: ChunkDigest,
+    pub(crate) len: usize,
+}
+
+impl IncomingStore {
+    pub(super) fn create(backend: Arc<dyn Backend>, directory: &Path, chunk_log2: u8) -> Result<Self, StoreError> {
+        let path = directory.join(DEVICE);
+        if !CHUNK_LOG2_RANGE.contains(&chunk_log2) {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, format!("chunk size 2^{chunk_log2}"));
+            return Err(StoreError::Io { action: "cut", path, source });
+        }
+        let device = backend.open(&path, true).map_err(StoreError::io("create", &path))?;
+        Ok(Self { backend, directory: directory.to_owned(), device, chunk_log2, chunks: Mutex::default() })
+    }
+
+    /// Writes a chunk. All but the last chunk of a device have the full size; which is the last shows only later.
+    pub(crate) fn write(&self, chunk: ChunkIndex, plain: &[u8]) -> io::Result<()> {
+        if plain.is_empty() || plain.len() > 1 << self.chunk_log2 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a chunk of {} bytes", plain.len())));
+        }
+        let arrived = Arrived { digest: ChunkDigest::of(plain), len: plain.len() };
+        // A chunk that comes twice must not be readable as the first one while it is overwritten.
+        if self.chunks.lock().get(&chunk.0) == Some(&arrived) {
+            return Ok(());
+        }
+        self.chunks.lock().remove(&chunk.0);
+        self.device.write_at(plain, u64::from(chunk.0) << self.chunk_log2)?;
+        self.chunks.lock().insert(chunk.0, arrived);
+        Ok(())
+    }
+
+    /// Starts writing back, so that little is left to do once the layer is complete.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.device.sync()
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(super) fn device(&self) -> &Arc<dyn File> {
+        &self.device
+    }
+
+    pub(super) fn chunk_log2(&self) -> u8 {
+        self.chunk_log2
+    }
+
+    pub(crate) fn arrived(&self) -> BTreeMap<u32, Arrived> {
+        self.chunks.lock().clone()
+    }
+
+    /// The bytes of a chunk that arrived.
+    pub(crate) fn read(&self, chunk: u32, arrived: Arrived) -> io::Result<Vec<u8>> {
+        let mut plain = vec![0; arrived.len];
+        self.device.read_at(&mut plain, u64::from(chunk) << self.chunk_log2)?;
+        Ok(plain)
+    }
+}

@@ -1,0 +1,636 @@
+//! One layer on disk.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use ::layer::index::{ChunkDigests, HEADER_LEN, Header, Section, check_section};
+use ::layer::{ChunkIndex, Digest, Geometry};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use sha2::{Digest as _, Sha256};
+
+use super::backend::{Backend, File, read_file, replace_file, write_file};
+use super::have::{BITS_OFFSET, Bitmap, Have, NewerVersion};
+use super::{IncomingStore, LayerParts, SMALL_FILE_MAX, StoreError};
+
+pub(super) const DEVICE: &str = "device";
+const IDENTITY: &str = "identity";
+const HEADER: &str = "header";
+const SIGNATURE: &str = "signature";
+const HAVE: &str = "have";
+const QUARANTINED: &str = "quarantined";
+
+/// Chunks that could not be written are kept in memory for those who wait for them, at most so many.
+const UNSTORED_MAX: usize = 32;
+
+/// How much of a device is read at once to prove it.
+const PROVE_READ: u64 = 1 << 20;
+
+/// A layer's index, its device and which chunks of it are here.
+#[derive(Debug)]
+pub(crate) struct LayerStore {
+    backend: Arc<dyn Backend>,
+    directory: PathBuf,
+    number: u64,
+    header: Header,
+    signature: Vec<u8>,
+    digests: ChunkDigests,
+    device: Arc<dyn File>,
+    have: Arc<dyn File>,
+    /// Chunks that may be read from the device.
+    here: Bitmap,
+    /// Chunks of `here` that have to be compared with their digest first.
+    suspect: Bitmap,
+    unsynced: Mutex<Unsynced>,
+    /// Locked before `unsynced`.
+    on_disk: Mutex<OnDisk>,
+    unstored: Mutex<VecDeque<(u32, Bytes)>>,
+    unstored_len: AtomicUsize,
+    proven: AtomicBool,
+    is_quarantined: AtomicBool,
+    quarantined: Mutex<Option<String>>,
+    faults: Faults,
+}
+
+/// What went wrong with the disk, for counters.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    /// Chunks that could not be written.
+    pub(crate) unstored: AtomicU64,
+    /// Chunks that were here and turned out wrong or unreadable.
+    pub(crate) rotten: AtomicU64,
+}
+
+/// Changes of `here` that the file does not show yet.
+#[derive(Debug, Default)]
+struct Unsynced {
+    written: Vec<u32>,
+    dropped: Vec<u32>,
+}
+
+/// The file `have` as it was written last.
+#[derive(Debug)]
+struct OnDisk {
+    bits: Vec<u8>,
+    clean: bool,
+}
+
+/// What became of a chunk that was given to [`LayerStore::add`].
+#[derive(Debug)]
+pub(crate) enum Added {
+    /// It was here.
+    Known,
+    /// It is readable now, and had after the next flush.
+    Written,
+    /// The disk did not take it; it is readable for a while.
+    Unstored(io::Error),
+}
+
+/// Outcome of [`LayerStore::prove`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// The device is what its diffID names.
+    Proven,
+    /// Not every chunk is here.
+    Incomplete,
+    /// Chunks were damaged on disk and are missing now.
+    Rotten(u32),
+    /// Every chunk is what the index says and the whole is not what the diffID says: the index is wrong.
+    Quarantined,
+}
+
+impl LayerStore {
+    /// Writes all files of a layer into `directory`, synced, and opens it. With `incoming`, whose directory it must
+    /// then be, its device is taken over.
+    pub(super) fn create(
+        backend: Arc<dyn Backend>,
+        directory: &Path,
+        parts: &LayerParts,
+        number: u64,
+        incoming: Option<&IncomingStore>,
+    ) -> Result<Self, StoreError> {
+        let header = parts.header.clone();
+        let geometry = header.geometry();
+        check_section(&header, Section::Entries, &parts.entries)?;
+        let digests = ChunkDigests::parse(&header, parts.chunk_digests.clone())?;
+        let identity = format!("number {number}\nindex {}\n", header.digest());
+        let mut files: Vec<(&str, &[u8])> = vec![
+            (Section::Entries.name(), &parts.entries),
+            (Section::ChunkDigests.name(), &parts.chunk_digests),
+            (SIGNATURE, &parts.signature),
+        ];
+        if let Some(spans) = &parts.spans {
+            check_section(&header, Section::Spans, spans)?;
+            files.push((Section::Spans.name(), spans));
+        }
+        let encoded = header.encode();
+        files.extend([(HEADER, &encoded[..]), (IDENTITY, identity.as_bytes())]);
+        for (name, bytes) in files {
+            let path = directory.join(name);
+            write_file(&*backend, &path, bytes).map_err(StoreError::io("write", &path))?;
+        }
+
+        let none = Have::none(geometry);
+        let have_path = directory.join(HAVE);
+        let have = backend.open(&have_path, true).map_err(StoreError::io("create", &have_path))?;
+        have.set_len(0)
+            .and_then(|()| have.write_at(&none.bits, BITS_OFFSET))
+            .and_then(|()| have.write_at(&Have::clean_header(geometry, &none.bits, false), 0))
+            .and_then(|()| have.sync())
+            .map_err(StoreError::io("write", &have_path))?;
+        let device_path = directory.join(DEVICE);
+        let device = match incoming {
+            Some(incoming) => incoming.device().clone(),
+            None => backend.open(&device_path, true).map_err(StoreError::io("create", &device_path))?,
+        };
+        device.set_len(geometry.device_size()).map_err(StoreError::io("size", &device_path))?;
+        backend.sync_directory(directory).map_err(StoreError::io("sync", directory))?;
+
+        let store =
+            Self::assemble(backend, directory, number, header, parts.signature.clone(), digests, device, have, none);
+        if let Some(incoming) = incoming
+            && incoming.chunk_log2() == geometry.chunk_log2()
+        {
+            for (chunk, arrived) in incoming.arrived() {
+                let index = ChunkIndex(chunk);
+                if store.digests.get(index) == Some(arrived.digest) && geometry.chunk_len(index) == arrived.len {
+                    store.note_written(chunk);
+                }
+            }
+        }
+        Ok(store)
+    }
+
+    /// Opens the layer in `directory`. With `distrust`, what its files say about the device has to be checked.
+    pub(super) fn open(backend: Arc<dyn Backend>, directory: &Path, distrust: bool) -> Result<Self, StoreError> {
+        let read = |name: &str, len_max: u64| {
+            let path = directory.join(name);
+            read_file(&*backend, &path, len_max).map_err(StoreError::io("read", &path))
+        };
+        let damaged = |name: &str, reason: String| StoreError::Damaged { path: directory.join(name), reason };
+        let identity = read(IDENTITY, SMALL_FILE_MAX)?;
+        let (number, index) = parse_identity(&identity)
+            .ok_or_else(|| damaged(IDENTITY, "it does not name a number and an index".into()))?;
+        let encoded = read(HEADER, HEADER_LEN as u64)?;
+        let header = Header::parse(&encoded).map_err(|error| damaged(HEADER, error.to_string()))?;
+        if header.digest() != index {
+            return Err(damaged(HEADER, format!("it is not the index {index}")));
+        }
+        if directory.file_name().is_none_or(|name| name.as_encoded_bytes() != header.diff_id().hex().as_bytes()) {
+            return Err(damaged(HEADER, format!("it is the index of {}", header.diff_id())));
+        }
+        let geometry = header.geometry();
+        let signature = read(SIGNATURE, 1 << 20)?;
+        let digests = read(Section::ChunkDigests.name(), header.section(Section::ChunkDigests).size)?;
+        let digests = ChunkDigests::parse(&header, digests)?;
+
+        let have_path = directory.join(HAVE);
+        let have = backend.open(&have_path, true).map_err(StoreError::io("open", &have_path))?;
+        let bytes = read_file(&*backend, &have_path, u64::MAX).map_err(StoreError::io("read", &have_path))?;
+        let mut state = Have::parse(geometry, &bytes)
+            .map_err(|NewerVersion(version)| StoreError::Newer { path: have_path.clone(), version })?;
+        let device_path = directory.join(DEVICE);
+        let device = backend.open(&device_path, true).map_err(StoreError::io("open", &device_path))?;
+        let len = device.size().map_err(StoreError::io("open", &device_path))?;
+        if distrust || len != geometry.device_size() {
+            state.clean = false;
+            state.proven = false;
+            device.set_len(geometry.device_size()).map_err(StoreError::io("size", &device_path))?;
+            // The doubt has to survive this process.
+            have.write_at(&Have::dirty_header(geometry), 0).map_err(StoreError::io("write", &have_path))?;
+        }
+        let quarantined = match read(QUARANTINED, 1 << 16) {
+            Ok(reason) => Some(String::from_utf8_lossy(&reason).trim_end().to_owned()),
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(error.to_string()),
+        };
+        let store = Self::assemble(backend, directory, number, header, signature, digests, device, have, state);
+        store.is_quarantined.store(quarantined.is_some(), Ordering::Release);
+        *store.quarantined.lock() = quarantined;
+        Ok(store)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "private, and each argument is a field")]
+    fn assemble(
+        backend: Arc<dyn Backend>,
+        directory: &Path,
+        number: u64,
+        header: Header,
+        signature: Vec<u8>,
+        digests: ChunkDigests,
+        device: Arc<dyn File>,
+        have: Arc<dyn File>,
+        state: Have,
+    ) -> Self {
+        let chunks = header.geometry().chunk_count();
+        let (here, suspect) = (Bitmap::new(chunks), Bitmap::new(chunks));
+        for chunk in (0..chunks).filter(|chunk| bit(&state.bits, *chunk)) {
+            here.set(chunk);
+            if !state.clean {
+                suspect.set(chunk);
+            }
+        }
+        Self {
+            backend,
+            directory: directory.to_owned(),
+            number,
+            header,
+            signature,
+            digests,
+            device,
+            have,
+            here,
+            suspect,
+            unsynced: Mutex::default(),
+            on_disk: Mutex::new(OnDisk { bits: state.bits, clean: state.clean }),
+            unstored: Mutex::default(),
+            unstored_len: AtomicUsize::new(0),
+            proven: AtomicBool::new(state.proven),
+            is_quarantined: AtomicBool::new(false),
+            quarantined: Mutex::default(),
+            faults: Faults::default(),
+        }
+    }
+
+    pub(super) fn moved_to(&mut self, directory: &Path) {
+        self.directory = directory.to_owned();
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(crate) fn header(&self) -> &Header {
+        &self.header
+    }
+
+    pub(crate) fn signature(&self) -> &[u8] {
+        &self.signature
+    }
+
+    pub(crate) fn digests(&self) -> &ChunkDigests {
+        &self.digests
+    }
+
+    pub(crate) fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    pub(crate) fn device_path(&self) -> PathBuf {
+        self.directory.join(DEVICE)
+    }
+
+    /// The bytes of a section, compared with the header; `None` where it is not here.
+    pub(crate) fn section(&self, section: Section) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.directory.join(section.name());
+        match read_file(&*self.backend, &path, self.header.section(section).size) {
+            Ok(bytes) => {
+                check_section(&self.header, section, &bytes)?;
+                Ok(Some(bytes))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StoreError::io("read", &path)(error)),
+        }
+    }
+
+    /// Stores a section that was not here.
+    pub(crate) fn put_section(&self, section: Section, bytes: &[u8]) -> Result<(), StoreError> {
+        check_section(&self.header, section, bytes)?;
+        replace_file(&*self.backend, &self.directory, section.name(), bytes)
+            .map_err(StoreError::io("write", &self.directory.join(section.name())))
+    }
+
+    /// Whether `chunk` can be read. Compares a suspect one with its digest first.
+    pub(crate) fn is_here(&self, chunk: u32) -> bool {
+        (self.here.get(chunk) && (!self.suspect.get(chunk) || self.check(chunk))) || self.is_unstored(chunk)
+    }
+
+    /// Whether every chunk is on the device, suspect ones included.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.here.next(0, false).is_none()
+    }
+
+    /// Whether the whole device was compared with its diffID and nothing happened to it since.
+    pub(crate) fn is_proven(&self) -> bool {
+        self.proven.load(Ordering::Acquire)
+    }
+
+    /// Why the layer must not be used, if so.
+    pub(crate) fn quarantined(&self) -> Option<String> {
+        self.quarantined.lock().clone()
+    }
+
+    /// Whether the layer must not be used.
+    pub(crate) fn is_quarantined(&self) -> bool {
+        self.is_quarantined.load(Ordering::Acquire)
+    }
+
+    /// Bytes of the chunks that are here.
+    pub(crate) fn bytes_here(&self) -> u64 {
+        let geometry = self.geometry();
+        let full = u64::from(self.here.count()) * geometry.chunk_size();
+        match geometry.chunk_count().checked_sub(1) {
+            Some(last) if self.here.get(last) => {
+                full - geometry.chunk_size() + geometry.chunk_len(ChunkIndex(last)) as u64
+            }
+            _ => full,
+        }
+    }
+
+    /// The first run of missing chunks from `from` on.
+    pub(crate) fn next_missing(&self, from: u32) -> Option<Range<u32>> {
+        self.here.next_gap(from)
+    }
+
+    /// Reads `range`, which must lie in the device, in place of what `out` has. `false`: not all of it is here.
+    pub(crate) fn read(&self, range: &Range<u64>, out: &mut Vec<u8>) -> bool {
+        let chunks = self.geometry().covering(range.clone());
+        if !chunks.clone().all(|chunk| self.is_here(chunk)) {
+            return false;
+        }
+        out.clear();
+        out.resize((range.end - range.start) as usize, 0);
+        if self.unstored_len.load(Ordering::Acquire) > 0 && chunks.clone().any(|chunk| !self.here.get(chunk)) {
+            return chunks.clone().all(|chunk| self.read_chunk_part(chunk, range, out));
+        }
+        match self.device.read_once_at(out, range.start) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
+                chunks.for_each(|chunk| self.drop_chunk(chunk));
+                false
+            }
+        }
+    }
+
+    /// Takes a chunk whose digest was checked.
+    pub(crate) fn add(&self, chunk: u32, plain: &[u8]) -> Added {
+        if self.here.get(chunk) && !self.suspect.get(chunk) {
+            return Added::Known;
+        }
+        match self.device.write_at(plain, self.geometry().range(ChunkIndex(chunk)).start) {
+            Ok(()) => {
+                self.note_written(chunk);
+                Added::Written
+            }
+            Err(error) => {
+                self.faults.unstored.fetch_add(1, Ordering::Relaxed);
+                let mut unstored = self.unstored.lock();
+                unstored.retain(|(other, _)| *other != chunk);
+                unstored.push_back((chunk, Bytes::copy_from_slice(plain)));
+                if unstored.len() > UNSTORED_MAX {
+                    unstored.pop_front();
+                }
+                self.unstored_len.store(unstored.len(), Ordering::Release);
+                Added::Unstored(error)
+            }
+        }
+    }
+
+    /// Whether [`LayerStore::flush`] has something to do.
+    pub(crate) fn needs_flush(&self) -> bool {
+        let unsynced = self.unsynced.lock();
+        !unsynced.written.is_empty() || !unsynced.dropped.is_empty()
+    }
+
+    /// Makes what is here durable: first the chunks, then the bits.
+    pub(crate) fn flush(&self) -> Result<(), StoreError> {
+        self.flush_locked(&mut self.on_disk.lock())
+    }
+
+    /// Ends cleanly: after this the bits are believed without a check, unless some still wait for one.
+    pub(crate) fn close(&self) -> Result<(), StoreError> {
+        let mut on_disk = self.on_disk.lock();
+        self.flush_locked(&mut on_disk)?;
+        if on_disk.clean || self.suspect.next(0, true).is_some() {
+            return Ok(());
+        }
+        self.write_clean(&mut on_disk)
+    }
+
+    /// Compares a complete device with its diffID, unless that was done already. Takes about a second for a GB; ends
+    /// early, as incomplete, when `stop` says so.
+    pub(crate) fn prove(&self, stop: &dyn Fn() -> bool) -> Result<Proof, StoreError> {
+        if self.is_proven() {
+            return Ok(Proof::Proven);
+        }
+        self.flush()?;
+        if !self.is_complete() {
+            return Ok(Proof::Incomplete);
+        }
+        let hashed = self.hash_device(stop);
+        let mut on_disk = self.on_disk.lock();
+        // A chunk that was dropped and written again meanwhile is not what was hashed.
+        if stop() || self.needs_flush() || !self.is_complete() {
+            return Ok(Proof::Incomplete);
+        }
+        if hashed.is_ok_and(|digest| digest == self.header.diff_id()) {
+            for chunk in self.geometry().chunks() {
+                self.suspect.clear(chunk);
+            }
+            self.proven.store(true, Ordering::Release);
+            self.write_clean(&mut on_disk)?;
+            return Ok(Proof::Proven);
+        }
+        // Is it the disk or the index?
+        let rotten = self.geometry().chunks().filter(|chunk| !self.check(*chunk)).count() as u32;
+        self.flush_locked(&mut on_disk)?;
+        if rotten > 0 {
+            return Ok(Proof::Rotten(rotten));
+        }
+        drop(on_disk);
+        let reason = format!("its device is not {}: whoever signed its index is wrong or lies", self.header.diff_id());
+        self.quarantine(&reason)?;
+        Ok(Proof::Quarantined)
+    }
+
+    /// The layer must not be used any more, and nothing of it counts as here.
+    pub(crate) fn quarantine(&self, reason: &str) -> Result<(), StoreError> {
+        *self.quarantined.lock() = Some(reason.to_owned());
+        self.is_quarantined.store(true, Ordering::Release);
+        self.proven.store(false, Ordering::Release);
+        replace_file(&*self.backend, &self.directory, QUARANTINED, reason.as_bytes())
+            .map_err(StoreError::io("write", &self.directory.join(QUARANTINED)))?;
+        self.geometry().chunks().for_each(|chunk| self.drop_chunk(chunk));
+        self.flush()
+    }
+
+    /// Compares a chunk on the device with its digest and drops it when it is wrong.
+    fn check(&self, chunk: u32) -> bool {
+        let mut plain = vec![0; self.geometry().chunk_len(ChunkIndex(chunk))];
+        let start = self.geometry().range(ChunkIndex(chunk)).start;
+        let read = self.device.read_once_at(&mut plain, start);
+        if read.is_ok() && self.digests.is_chunk(ChunkIndex(chunk), &plain) {
+            self.suspect.clear(chunk);
+            return true;
+        }
+        self.drop_chunk(chunk);
+        false
+    }
+
+    fn drop_chunk(&self, chunk: u32) {
+        // Under the lock, so that a flush cannot miss the bit between the two.
+        let mut unsynced = self.unsynced.lock();
+        if self.here.clear(chunk) {
+            self.suspect.clear(chunk);
+            self.proven.store(false, Ordering::Release);
+            self.faults.rotten.fetch_add(1, Ordering::Relaxed);
+            unsynced.dropped.push(chunk);
+        }
+    }
+
+    fn note_written(&self, chunk: u32) {
+        let mut unsynced = self.unsynced.lock();
+        self.here.set(chunk);
+        self.suspect.clear(chunk);
+        unsynced.written.push(chunk);
+    }
+
+    fn is_unstored(&self, chunk: u32) -> bool {
+        self.unstored_len.load(Ordering::Acquire) > 0
+            && self.unstored.lock().iter().any(|(unstored, _)| *unstored == chunk)
+    }
+
+    /// Copies the bytes of `chunk` that lie in `range` to their place in `out`.
+    fn read_chunk_part(&self, chunk: u32, range: &Range<u64>, out: &mut [u8]) -> bool {
+        let place = self.geometry().range(ChunkIndex(chunk));
+        let part = place.start.max(range.start)..place.end.min(range.end);
+        let Some(out) = out.get_mut((part.start - range.start) as usize..(part.end - range.start) as usize) else {
+            return false;
+        };
+        if self.here.get(chunk) {
+            return self.device.read_once_at(out, part.start).is_ok();
+        }
+        let unstored = self.unstored.lock();
+        let Some((_, plain)) = unstored.iter().find(|(unstored, _)| *unstored == chunk) else { return false };
+        let Some(plain) = plain.get((part.start - place.start) as usize..(part.end - place.start) as usize) else {
+            return false;
+        };
+        out.copy_from_slice(plain);
+        true
+    }
+
+    fn flush_locked(&self, on_disk: &mut OnDisk) -> Result<(), StoreError> {
+        let taken = std::mem::take(&mut *self.unsynced.lock());
+        if taken.written.is_empty() && taken.dropped.is_empty() {
+            return Ok(());
+        }
+        if !taken.written.is_empty()
+            && let Err(error) = self.device.sync()
+        {
+            // After a failed sync the kernel may have dropped the pages, so the chunks have to come again.
+            taken.written.iter().for_each(|chunk| self.drop_chunk(*chunk));
+            self.unsynced.lock().dropped.extend(taken.dropped);
+            return Err(StoreError::io("sync", &self.device_path())(error));
+        }
+        if let Err(error) = self.write_bits(on_disk, &taken) {
+            // Only the bits are late. They are tried again with the next flush.
+            let mut unsynced = self.unsynced.lock();
+            unsynced.written.extend(taken.written);
+            unsynced.dropped.extend(taken.dropped);
+            return Err(error);
+        }
+        for run in runs(taken.written) {
+            let geometry = self.geometry();
+            let start = geometry.range(ChunkIndex(run.start)).start;
+            self.device.give_pages_back(start..geometry.range(ChunkIndex(run.end)).start);
+        }
+        Ok(())
+    }
+
+    fn write_bits(&self, on_disk: &mut OnDisk, changes: &Unsynced) -> Result<(), StoreError> {
+        let failed = || StoreError::io("write", &self.directory.join(HAVE));
+        if on_disk.clean {
+            self.have.write_at(&Have::dirty_header(self.geometry()), 0).map_err(failed())?;
+            on_disk.clean = false;
+        }
+        let mut touched: Option<Range<usize>> = None;
+        // A chunk may be in both: dropped and written again, or written and dropped again.
+        let written = changes.written.iter().map(|chunk| (*chunk, self.here.get(*chunk)));
+        for (chunk, is_here) in changes.dropped.iter().map(|chunk| (*chunk, false)).chain(written) {
+            let at = chunk as usize / 8;
+            let Some(byte) = on_disk.bits.get_mut(at) else { continue };
+            let mask = 1 << (chunk % 8);
+            *byte = if is_here { *byte | mask } else { *byte & !mask };
+            touched = Some(touched.map_or(at..at + 1, |range| range.start.min(at)..range.end.max(at + 1)));
+        }
+        let Some(touched) = touched else { return Ok(()) };
+        let bytes = on_disk.bits.get(touched.clone()).unwrap_or_default();
+        self.have.write_at(bytes, BITS_OFFSET + touched.start as u64).map_err(failed())
+    }
+
+    fn write_clean(&self, on_disk: &mut OnDisk) -> Result<(), StoreError> {
+        let header = Have::clean_header(self.geometry(), &on_disk.bits, self.is_proven());
+        self.have
+            .write_at(&on_disk.bits, BITS_OFFSET)
+            .and_then(|()| self.have.sync())
+            .and_then(|()| self.have.write_at(&header, 0))
+            .and_then(|()| self.have.sync())
+            .map_err(StoreError::io("write", &self.directory.join(HAVE)))?;
+        on_disk.clean = true;
+        Ok(())
+    }
+
+    fn hash_device(&self, stop: &dyn Fn() -> bool) -> io::Result<Digest> {
+        let mut hash = Sha256::new();
+        let size = self.geometry().device_size();
+        let mut buffer = vec![0; PROVE_READ.min(size) as usize];
+        let mut at = 0;
+        while at < size && !stop() {
+            let part = buffer.get_mut(..(size - at).min(PROVE_READ) as usize).unwrap_or_default();
+            self.device.read_once_at(part, at)?;
+            hash.update(&*part);
+            at += part.len() as u64;
+        }
+        Ok(Digest::from_bytes(hash.finalize().into()))
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.header.geometry()
+    }
+}
+
+fn bit(bits: &[u8], chunk: u32) -> bool {
+    bits.get(chunk as usize / 8).is_some_and(|byte| byte & (1 << (chunk % 8)) != 0)
+}
+
+/// The runs that chunks in any order make.
+fn runs(mut chunks: Vec<u32>) -> Vec<Range<u32>> {
+    chunks.sort_unstable();
+    let mut runs: Vec<Range<u32>> = Vec::new();
+    for chunk in chunks {
+        match runs.last_mut() {
+            Some(run) if chunk <= run.end => run.end = run.end.max(chunk + 1),
+            _ => runs.push(chunk..chunk + 1),
+        }
+    }
+    runs
+}
+
+fn parse_identity(bytes: &[u8]) -> Option<(u64, Digest)> {
+    let (number, index) = std::str::from_utf8(bytes).ok()?.strip_prefix("number ")?.split_once("\nindex ")?;
+    Some((number.parse().ok()?, index.strip_suffix('\n')?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joins_runs() {
+        assert_eq!(runs(vec![5, 1, 2, 9, 6, 2]), [1..3, 5..7, 9..10]);
+        assert_eq!(runs(vec![]), []);
+    }
+
+    #[test]
+    fn identity_is_strict() {
+        let digest = Digest::of(b"x");
+        assert_eq!(parse_identity(format!("number 7\nindex {digest}\n").as_bytes()), Some((7, digest)));
+        assert_eq!(parse_identity(format!("number 7\nindex {digest}").as_bytes()), None);
+        assert_eq!(parse_identity(b""), None);
+    }
+}

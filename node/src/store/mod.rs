@@ -1,0 +1,305 @@
+//! Layers on disk.
+//!
+//! ```text
+//! <root>/lock                       held by the process that uses the store
+//! <root>/running                    boot id of a process that did not end cleanly (yet)
+//! <root>/numbers                    the first layer number that was never given out
+//! <root>/layers/<diffID hex>/       one layer
+//!     identity                      number and index digest
+//!     header, signature             the index header, and who vouches for it
+//!     entries, chunk_digests, spans sections of the index; spans may be missing
+//!     device                        the chunks that are here, sparse
+//!     have                          which those are
+//!     quarantined                   why the layer must not be used, if so
+//! <root>/incoming/<blob hex>-<n>/   a device whose index is not known yet; nothing in it outlives the process
+//! ```
+//!
+//! What a crash may do: forget chunks, forget whole layers that were just made. It never invents a chunk: a bit of
+//! `have` is written only after the chunk's bytes were synced, and bits that an unclean end left are checked against the chunk
+//! digests before the first use.
+
+mod backend;
+mod disk;
+mod have;
+mod incoming;
+mod layer;
+#[cfg(test)]
+mod memory;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ::layer::Digest;
+use ::layer::index::{Header, IndexError};
+use parking_lot::Mutex;
+
+pub(crate) use self::layer::{Added, LayerStore, Proof};
+pub use backend::{Backend, File};
+pub use disk::Disk;
+pub(crate) use incoming::IncomingStore;
+
+use backend::{read_file, replace_file};
+
+/// Most bytes of a small file of the store.
+const SMALL_FILE_MAX: u64 = 4096;
+
+/// How many layer numbers are reserved with one write.
+const NUMBERS_BATCH: u64 = 256;
+
+/// An index with its signature, as it is stored. The sections are encoded as the header names them.
+#[derive(Clone)]
+pub struct LayerParts {
+    /// Names the layer and its sections.
+    pub header: Header,
+    /// The signature of `layer::index::statement`; checked by whoever got it, stored to be passed on.
+    pub signature: Vec<u8>,
+    /// Bytes of the entries section.
+    pub entries: Vec<u8>,
+    /// Bytes of the chunk digests section.
+    pub chunk_digests: Vec<u8>,
+    /// Bytes of the spans section, where they are known already.
+    pub spans: Option<Vec<u8>>,
+}
+
+impl fmt::Debug for LayerParts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LayerParts").field("header", &self.header).finish_non_exhaustive()
+    }
+}
+
+/// Why the store, or a layer of it, cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk failed.
+    #[error("cannot {action} {path}: {source}", path = .path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A file has other bytes than were written.
+    #[error("{path} is damaged: {reason}", path = .path.display())]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// How it shows.
+        reason: String,
+    },
+    /// A newer Drover wrote it.
+    #[error("{path} has format version {version}, which is newer than this program; use a newer one or remove the directory", path = .path.display())]
+    Newer {
+        /// Which.
+        path: PathBuf,
+        /// Its version.
+        version: u16,
+    },
+    /// The index that is to be stored is not one.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+}
+
+impl StoreError {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// A layer directory that could not be opened. It stays as it is until the layer is inserted again.
+#[derive(Debug)]
+pub struct BrokenLayer {
+    /// Name of the directory: the diffID's hex digits, unless somebody put something else there.
+    pub name: String,
+    /// Why.
+    pub error: StoreError,
+}
+
+/// What was found when a store was opened.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) layers: Vec<LayerStore>,
+    pub(crate) broken: Vec<BrokenLayer>,
+    /// The machine ended uncleanly while the store was in use.
+    pub(crate) after_crash: bool,
+}
+
+/// A layer that is written but has not its name yet.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    layer: LayerStore,
+    pub(crate) directory: PathBuf,
+}
+
+/// A directory of layers. At most one process has it open.
+#[derive(Debug)]
+pub(crate) struct Store {
+    backend: Arc<dyn Backend>,
+    root: PathBuf,
+    numbers: Mutex<Numbers>,
+    _lock: Box<dyn fmt::Debug + Send + Sync>,
+}
+
+/// The next number to give out, and the first that is not reserved on disk.
+#[derive(Debug)]
+struct Numbers {
+    next: u64,
+    reserved: u64,
+}
+
+impl Store {
+    /// Opens or makes the store at `root`, whose parent must exist. `boot_id` differs after each start of the machine: the page cache
+    /// survives a killed process but no crashed kernel.
+    pub(crate) fn open(backend: Arc<dyn Backend>, root: &Path, boot_id: &str) -> Result<(Self, Found), StoreError> {
+        let layers = root.join("layers");
+        let incoming = root.join("incoming");
+        for directory in [root, &layers, &incoming] {
+            backend.create_directory(directory).map_err(StoreError::io("create", directory))?;
+        }
+        let lock = backend.lock(root).map_err(StoreError::io("lock", root))?;
+        for name in backend.list(&incoming).map_err(StoreError::io("list", &incoming))? {
+            let path = incoming.join(name);
+            backend.remove(&path).map_err(StoreError::io("remove", &path))?;
+        }
+        let running = root.join("running");
+        let left_by = match read_file(&*backend, &running, SMALL_FILE_MAX) {
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(_) => Some(String::new()),
+        };
+        let mut found = Found { after_crash: left_by.is_some_and(|left_by| left_by != boot_id), ..Found::default() };
+
+        let mut numbers = BTreeMap::new();
+        for name in backend.list(&layers).map_err(StoreError::io("list", &layers))? {
+            let name = name.to_string_lossy().into_owned();
+            let path = layers.join(&name);
+            if name.starts_with('.') {
+                backend.remove(&path).map_err(StoreError::io("remove", &path))?;
+                continue;
+            }
+            match LayerStore::open(backend.clone(), &path, found.after_crash) {
+                Ok(layer) if numbers.contains_key(&layer.number()) => {
+                    let reason = format!("it has the number {} of another layer", layer.number());
+                    found.broken.push(BrokenLayer { name, error: StoreError::Damaged { path, reason } });
+                }
+                Ok(layer) => {
+                    numbers.insert(layer.number(), layer.header().diff_id());
+                    found.layers.push(layer);
+                }
+                Err(error) => found.broken.push(BrokenLayer { name, error }),
+            }
+        }
+        // Layers that were distrusted now say so themselves, so the marker may name this boot.
+        replace_file(&*backend, root, "running", boot_id.as_bytes()).map_err(StoreError::io("write", &running))?;
+
+        let next = numbers.keys().next_back().map_or(1, |last| last + 1).max(read_numbers(&*backend, root));
+        let store =
+            Self { backend, root: root.to_owned(), numbers: Mutex::new(Numbers { next, reserved: 0 }), _lock: lock };
+        Ok((store, found))
+    }
+
+    /// Writes a layer of which no chunk is here; [`Store::place`] makes it count.
+    pub(crate) fn prepare(&self, parts: &LayerParts) -> Result<Prepared, StoreError> {
+        let number = self.number()?;
+        let directory = self.root.join("layers").join(format!(".new-{number}"));
+        let made = self
+            .backend
+            .create_directory(&directory)
+            .map_err(StoreError::io("create", &directory))
+            .and_then(|()| LayerStore::create(self.backend.clone(), &directory, parts, number, None));
+        match made {
+            Ok(layer) => Ok(Prepared { layer, directory }),
+            Err(error) => {
+                // What cannot be removed now is removed when the store is opened next.
+                let _ = self.backend.remove(&directory);
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives a prepared layer its name. A broken directory of that name is replaced.
+    pub(crate) fn place(&self, prepared: Prepared) -> Result<LayerStore, StoreError> {
+        let Prepared { mut layer, directory } = prepared;
+        let layers = self.root.join("layers");
+        let place = layers.join(layer.header().diff_id().hex());
+        self.backend.remove(&place).map_err(StoreError::io("remove", &place))?;
+        self.backend.rename(&directory, &place).map_err(StoreError::io("rename", &directory))?;
+        self.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
+        layer.moved_to(&place);
+        Ok(layer)
+    }
+
+    /// Throws a prepared layer away, or what came in.
+    pub(crate) fn discard(&self, directory: &Path) {
+        // What cannot be removed now is removed when the store is opened next.
+        let _ = self.backend.remove(directory);
+    }
+
+    /// Makes room for a device whose index is not known yet. Dropping it removes it.
+    pub(crate) fn incoming(&self, blob: &Digest, chunk_log2: u8) -> Result<IncomingStore, StoreError> {
+        let name = format!("{}-{}", blob.hex(), self.number()?);
+        let directory = self.root.join("incoming").join(name);
+        self.backend.create_directory(&directory).map_err(StoreError::io("create", &directory))?;
+        IncomingStore::create(self.backend.clone(), &directory, chunk_log2)
+    }
+
+    /// Turns what came in into a layer, still in its place; what does not fit the index is left out.
+    pub(crate) fn prepare_incoming(
+        &self,
+        incoming: &IncomingStore,
+        parts: &LayerParts,
+    ) -> Result<Prepared, StoreError> {
+        let directory = incoming.directory().to_owned();
+        let layer = LayerStore::create(self.backend.clone(), &directory, parts, self.number()?, Some(incoming))?;
+        Ok(Prepared { layer, directory })
+    }
+
+    /// Removes a layer; open files stay readable.
+    pub(crate) fn remove(&self, layer: &LayerStore) -> Result<(), StoreError> {
+        let layers = self.root.join("layers");
+        let trash = layers.join(format!(".removed-{}", layer.number()));
+        let directory = self.layer_path(&layer.header().diff_id());
+        self.backend.rename(&directory, &trash).map_err(StoreError::io("rename", &directory))?;
+        self.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
+        self.backend.remove(&trash).map_err(StoreError::io("remove", &trash))
+    }
+
+    /// The store ends cleanly. Every layer must have been closed before.
+    pub(crate) fn close(&self) -> Result<(), StoreError> {
+        let running = self.root.join("running");
+        self.backend.remove(&running).map_err(StoreError::io("remove", &running))?;
+        self.backend.sync_directory(&self.root).map_err(StoreError::io("sync", &self.root))
+    }
+
+    fn layer_path(&self, diff_id: &Digest) -> PathBuf {
+        self.root.join("layers").join(diff_id.hex())
+    }
+
+    /// A number that no layer of this store ever had. Reserved on disk before it is used.
+    fn number(&self) -> Result<u64, StoreError> {
+        let mut numbers = self.numbers.lock();
+        if numbers.next >= numbers.reserved {
+            let reserved = numbers.next + NUMBERS_BATCH;
+            replace_file(&*self.backend, &self.root, "numbers", format!("{reserved}\n").as_bytes())
+                .map_err(StoreError::io("write", &self.root.join("numbers")))?;
+            numbers.reserved = reserved;
+        }
+        let number = numbers.next;
+        numbers.next += 1;
+        Ok(number)
+    }
+}
+
+/// The first number that was never given out; 0 where the file is missing or damaged (then the layers that are there
+/// decide).
+fn read_numbers(backend: &dyn Backend, root: &Path) -> u64 {
+    let Ok(bytes) = read_file(backend, &root.join("numbers"), SMALL_FILE_MAX) else { return 0 };
+    std::str::from_utf8(&bytes).ok().and_then(|text| text.trim_end().parse().ok()).unwrap_or(0)
+}
