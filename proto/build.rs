@@ -3,7 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files =
-        protox::compile(["containerd/snapshots.proto", "containerd/content.proto", "drover/control.proto"], ["proto"])?;
+        protox::compile(["containerd/snapshots.proto", "containerd/content.proto", "drover/control.proto", "drover/node.proto"], ["proto"])?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

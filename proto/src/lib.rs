@@ -1,5 +1,5 @@
 //! gRPC schemas and their generated code: containerd's Snapshots service (served), containerd's Content service (called)
-//! and the mesh's control service (both).
+//! the mesh's control service (both) and the node's status service (both).
 
 #![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
 #![allow(unreachable_pub, clippy::all, reason = "generated")]
@@ -26,6 +26,11 @@ pub mod drover {
     pub mod control {
         pub mod v1 {
             tonic::include_proto!("drover.control.v1");
+        }
+    }
+    pub mod node {
+        pub mod v1 {
+            tonic::include_proto!("drover.node.v1");
         }
     }
 }
