@@ -17,6 +17,7 @@ pub struct Containerd {
     daemon: Daemon,
     socket: PathBuf,
     hosts: PathBuf,
+    root: PathBuf,
     control_group: String,
     tools: Tools,
 }
@@ -63,19 +64,35 @@ impl Containerd {
             daemon,
             socket: socket.to_owned(),
             hosts,
+            root: folder.join("root"),
             control_group: control_group.to_owned(),
             tools: tools.clone(),
         })
     }
 
     /// The process.
-    pub fn daemon(&mut self) -> &mut Daemon {
+    pub fn daemon(&self) -> &Daemon {
+        &self.daemon
+    }
+
+    /// The process, to stop it.
+    pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
 
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Bytes of all blobs in its content store, those that are still being fetched included.
+    pub fn content_bytes(&self) -> u64 {
+        let store = self.root.join("io.containerd.content.v1.content");
+        let files = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten();
+        let sizes = |folder: PathBuf| files(folder).filter_map(|file| Some(file.metadata().ok()?.len())).sum::<u64>();
+        let unfinished =
+            files(store.join("ingest")).filter_map(|entry| Some(entry.path().join("data").metadata().ok()?.len()));
+        sizes(store.join("blobs/sha256")) + unfinished.sum::<u64>()
     }
 
     /// `ctr` with its address and `arguments`.

@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use proto::drover::node::v1::node_client::NodeClient;
+use proto::drover::node::v1::{Layer, LayerState, StatusRequest, StatusResponse};
+use tonic::transport::Endpoint;
 
 use crate::network::{Network, Place};
 use crate::process::{Daemon, run};
@@ -17,6 +19,9 @@ const PORT: u16 = 7070;
 
 /// How long a daemon may take until it answers.
 const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long the snapshotter may take to say its status.
+const STATUS_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Certificates of a cluster, as `drover-seeder ca` issues them.
 #[derive(Clone, Debug)]
@@ -80,7 +85,12 @@ impl Seeder {
     }
 
     /// The process.
-    pub fn daemon(&mut self) -> &mut Daemon {
+    pub fn daemon(&self) -> &Daemon {
+        &self.daemon
+    }
+
+    /// The process, to stop it.
+    pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
 
@@ -133,7 +143,12 @@ impl Snapshotter {
     }
 
     /// The process that was started; the keeper is below or beside it.
-    pub fn daemon(&mut self) -> &mut Daemon {
+    pub fn daemon(&self) -> &Daemon {
+        &self.daemon
+    }
+
+    /// The process, to stop it.
+    pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
 
@@ -154,11 +169,16 @@ impl Snapshotter {
         self.wait_until_ready()
     }
 
-    /// What `drover-snapshotter status --json` says.
-    pub fn status(&self) -> Result<Value> {
-        let mut command = Command::new(&self.program);
-        let text = run(command.arg("status").arg("--json").arg("--config").arg(&self.config))?;
-        serde_json::from_str(&text).with_context(|| format!("the status is not JSON: {text}"))
+    /// Its status, asked as `drover-snapshotter status` does.
+    pub fn status(&self) -> Result<StatusResponse> {
+        let address = format!("unix:{}", self.socket.display());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let channel = Endpoint::from_shared(address)?.timeout(STATUS_DEADLINE).connect().await;
+            let channel = channel.context("cannot connect to the snapshotter")?;
+            let answer = NodeClient::new(channel).status(StatusRequest {}).await;
+            Ok(answer.context("the snapshotter gave no status")?.into_inner())
+        })
     }
 
     /// What `drover-snapshotter status` prints for people.
@@ -189,8 +209,20 @@ fn listens(network: &Network, place: Place, address: &str) -> bool {
     run(network.command(place, "bash").args(["-c", &format!("exec 3<>/dev/tcp/{host}/{port}")])).is_ok()
 }
 
-/// Whether a status lists layers and all of them are complete.
-pub fn all_complete(status: &Value) -> bool {
-    let layers: Vec<&Value> = status["images"].as_array().into_iter().flatten().collect();
-    !layers.is_empty() && layers.iter().all(|image| image["state"] == "complete")
+/// Whether a status has lazy layers and every one of them is complete.
+pub fn all_complete(status: &StatusResponse) -> bool {
+    let mut states = status.images.iter().flat_map(|image| &image.layers).map(Layer::state).peekable();
+    states.peek().is_some() && states.all(|state| matches!(state, LayerState::Complete | LayerState::Ordinary))
+}
+
+/// Layers that are not lazy, each with the reason.
+pub fn ordinary_layers(status: &StatusResponse) -> Vec<String> {
+    let layers = status.images.iter().flat_map(|image| &image.layers);
+    layers.filter(|layer| layer.state() == LayerState::Ordinary).map(|layer| layer.reason.clone()).collect()
+}
+
+/// Bytes that came over the network for all layers, from all kinds of sources.
+pub fn bytes_fetched(status: &StatusResponse) -> u64 {
+    let layers = status.images.iter().flat_map(|image| &image.layers);
+    layers.flat_map(|layer| layer.bytes_by_source.values()).sum()
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::drover::{all_complete, bytes_fetched};
 use crate::network::{Counter, Link, Place};
 use crate::process::{Usage, run};
 use crate::scene::{Node, Scene, drop_caches};
@@ -105,16 +106,14 @@ pub fn start(
         Way::DroverNew => scene.start_seeder(true)?,
         Way::DroverKnown => scene.start_seeder(false)?,
     }
-    let mut node = match way {
+    let node = match way {
         Way::Overlayfs => scene.plain_node()?,
         Way::DroverNew | Way::DroverKnown => scene.drover_node("")?,
     };
     drop_caches();
 
-    let node_bytes = |scene: &Scene| scene.network.counter(Place::Node, Link::Switch).map(Counter::read).transpose();
-    let seeder_bytes =
-        |scene: &Scene| scene.network.counter(Place::Seeder, Link::Direct).map(Counter::read).transpose();
-    let (node_before, seeder_before) = (node_bytes(scene)?, seeder_bytes(scene)?);
+    let node_before = entered(scene, &node)?;
+    let seeder_before = ingested(scene)?;
     let since = |now: Option<u64>, before: Option<u64>| now.zip(before).map(|(now, before)| now.saturating_sub(before));
 
     say("pulling");
@@ -130,7 +129,7 @@ pub fn start(
     let (sender, lines) = channel();
     let readers = [forward(stdout, sender.clone()), forward(stderr, sender)];
     let first = lines.recv_timeout(FIRST_LINE_DEADLINE);
-    let node_bytes_first = since(node_bytes(scene)?, node_before);
+    let node_bytes_first = since(entered(scene, &node)?, node_before);
     let Ok((line, at)) = first else {
         let _ = child.kill();
         let _ = child.wait();
@@ -160,44 +159,62 @@ pub fn start(
     }
     if to_the_end && way != Way::Overlayfs {
         say("waiting until everything is here");
-        wait_until_complete(&mut node)?;
+        wait_until_complete(&node)?;
     }
     let result = Start {
         pull,
         first_line,
         ended,
         node_bytes_first,
-        node_bytes_end: since(node_bytes(scene)?, node_before),
-        seeder_bytes: since(seeder_bytes(scene)?, seeder_before),
+        node_bytes_end: since(entered(scene, &node)?, node_before),
+        seeder_bytes: since(ingested(scene)?, seeder_before),
         line,
         node_usage: match way {
             Way::Overlayfs => node.containerd().daemon().usage(),
             Way::DroverNew | Way::DroverKnown => node.snapshotter()?.daemon().usage(),
         },
-        seeder_usage: scene.seeder.as_mut().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
+        seeder_usage: scene.seeder.as_ref().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
     };
     Ok((result, node))
+}
+
+/// Bytes that entered the node: by the counter of its link, else as far as the daemons know, that is, what is in containerd's
+/// content store and what Drover fetched.
+fn entered(scene: &Scene, node: &Node) -> Result<Option<u64>> {
+    if let Some(counter) = scene.network.counter(Place::Node, Link::Switch) {
+        return counter.read().map(Some);
+    }
+    let content = node.containerd().content_bytes();
+    let fetched = node.snapshotter().ok().map(|snapshotter| snapshotter.status()).transpose()?;
+    Ok(Some(content + fetched.map_or(0, |status| bytes_fetched(&status))))
+}
+
+/// Bytes that came from the registry to the seeder, where its link has a counter.
+fn ingested(scene: &Scene) -> Result<Option<u64>> {
+    scene.network.counter(Place::Seeder, Link::Direct).map(Counter::read).transpose()
 }
 
 /// Sends the lines of one output, with the time at which each came.
 fn forward(output: impl Read + Send + 'static, sender: Sender<(String, Instant)>) -> JoinHandle<()> {
     std::thread::spawn(move || {
-        for line in BufReader::new(output).lines().map_while(Result::ok).take(LINES_MAX) {
+        let lines = BufReader::new(output).lines().map_while(Result::ok).take(LINES_MAX);
+        // ctr logs to its standard error, where a container's lines come too.
+        for line in lines.filter(|line| !line.starts_with("time=\"")) {
             let _ = sender.send((line, Instant::now()));
         }
     })
 }
 
 /// Waits until the node's snapshotter says that all its layers are complete.
-pub fn wait_until_complete(node: &mut Node) -> Result<()> {
+pub fn wait_until_complete(node: &Node) -> Result<()> {
     let deadline = Instant::now() + FILL_DEADLINE;
     loop {
         let status = node.snapshotter()?.status()?;
-        if crate::drover::all_complete(&status) {
+        if all_complete(&status) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("the image was not complete within {FILL_DEADLINE:?}: {status}");
+            bail!("the image was not complete within {FILL_DEADLINE:?}:\n{}", node.snapshotter()?.status_text()?);
         }
         std::thread::sleep(Duration::from_millis(100));
     }

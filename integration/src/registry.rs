@@ -51,7 +51,12 @@ impl Registry {
     }
 
     /// The process.
-    pub fn daemon(&mut self) -> &mut Daemon {
+    pub fn daemon(&self) -> &Daemon {
+        &self.daemon
+    }
+
+    /// The process, to stop it.
+    pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
 

@@ -150,12 +150,17 @@ impl Node {
     ///
     /// # Panics
     /// Never: a node without containerd is not given out.
-    pub fn containerd(&mut self) -> &mut Containerd {
-        self.containerd.as_mut().expect("every node has a containerd")
+    pub fn containerd(&self) -> &Containerd {
+        self.containerd.as_ref().expect("every node has a containerd")
     }
 
     /// Its snapshotter.
-    pub fn snapshotter(&mut self) -> Result<&mut Snapshotter> {
+    pub fn snapshotter(&self) -> Result<&Snapshotter> {
+        self.snapshotter.as_ref().context("this node runs no snapshotter")
+    }
+
+    /// Its snapshotter, to stop or start it.
+    pub fn snapshotter_mut(&mut self) -> Result<&mut Snapshotter> {
         self.snapshotter.as_mut().context("this node runs no snapshotter")
     }
 
@@ -165,7 +170,7 @@ impl Node {
     }
 
     /// Mounts the file tree of an image's snapshot read-only at `target`.
-    pub fn mount_image(&mut self, network: &Network, snapshotter: &str, reference: &str, target: &Path) -> Result<()> {
+    pub fn mount_image(&self, network: &Network, snapshotter: &str, reference: &str, target: &Path) -> Result<()> {
         fs::create_dir_all(target)?;
         let mut command = self.containerd().ctr(network, &["image", "mount", "--snapshotter", snapshotter, reference]);
         process::run(command.arg(target))?;
@@ -173,7 +178,7 @@ impl Node {
     }
 
     /// Unmounts what [`Node::mount_image`] mounted and removes its snapshot.
-    pub fn unmount_image(&mut self, network: &Network, snapshotter: &str, target: &Path) -> Result<()> {
+    pub fn unmount_image(&self, network: &Network, snapshotter: &str, target: &Path) -> Result<()> {
         let mut command = self.containerd().ctr(network, &["image", "unmount", "--rm", "--snapshotter", snapshotter]);
         process::run(command.arg(target))?;
         Ok(())

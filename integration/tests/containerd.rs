@@ -2,24 +2,34 @@
 //! in a sandbox of its own (see `lab::sandbox`).
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lab::compare::compare;
-use lab::image::small;
+use lab::drover::{all_complete, bytes_fetched, ordinary_layers};
+use lab::image::{Image, demo, small};
+use lab::measure::wait_until_complete;
+use lab::network::{Link, Place};
+use lab::process::{run, wait_for};
 use lab::sandbox::{Run, run_test};
-use lab::scene::Scene;
-use lab::tools::Tools;
+use lab::scene::{Node, Scene};
+use lab::tools::{Tools, workspace};
 
-/// containerd's own unpack, on two nodes: the lab itself works, and the comparison finds equal trees equal.
+/// Keeps layers as they were read.
+const NO_FILL: &str = "[fill]\nenabled = false\n";
+
+/// containerd's own unpack: the lab itself works, and the comparison finds equal trees equal.
 #[test]
 fn overlayfs_runs_the_test_image() {
     run_test("overlayfs_runs_the_test_image", |run| {
-        let (mut scene, reference) = scene_with_image(run)?;
-        let mut node = scene.plain_node()?;
+        let (mut scene, reference, _) = scene_with_image(run)?;
+        let node = scene.plain_node()?;
         node.containerd().pull(&scene.network, "overlayfs", &reference)?;
-        let out =
+        let printed =
             node.containerd().output_of(&scene.network, "overlayfs", &reference, "c1", &["cat", "/etc/replaced"])?;
-        ensure!(out == "after\n", "the container printed {out:?}");
+        ensure!(printed == "after\n", "the container printed {printed:?}");
         let (left, right) = (run.folder().join("left"), run.folder().join("right"));
         node.mount_image(&scene.network, "overlayfs", &reference, &left)?;
         node.mount_image(&scene.network, "overlayfs", &reference, &right)?;
@@ -27,16 +37,243 @@ fn overlayfs_runs_the_test_image() {
         ensure!(result.differences.is_empty(), "{:#?}", result.differences);
         ensure!(result.paths > small::MANY_FILES as u64, "only {} paths were seen", result.paths);
         ensure!(!left.join("etc/removed").exists() && !left.join("srv/opaque/below").exists());
-        fs::write(run.folder().join("changed"), "")?;
         Ok(())
     });
 }
 
-fn scene_with_image(run: &Run) -> Result<(Scene, String)> {
+/// The main promise: the pull ends and the container runs while most of the image is elsewhere, and every path is what
+/// containerd's own unpack makes of it, lazily and when complete.
+#[test]
+fn a_lazy_image_equals_an_unpacked_one() {
+    run_test("a_lazy_image_equals_an_unpacked_one", |run| {
+        let (mut scene, reference, image) = scene_with_image(run)?;
+        scene.start_seeder(true)?;
+        compare_with_overlayfs(run, &mut scene, &reference, &image, &["cat", "/etc/replaced"])
+    });
+}
+
+/// The same on the demonstration image, which takes minutes.
+#[test]
+#[ignore = "takes minutes: make nightly"]
+fn the_lazy_demo_image_equals_an_unpacked_one() {
+    run_test("the_lazy_demo_image_equals_an_unpacked_one", |run| {
+        let tools = Tools::prepare(&|_| {})?;
+        let image = demo::build(&workspace().join(".drover/image-cache"), &|_| {})?;
+        let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
+        let reference = push(&scene, &image, "test/demo")?;
+        scene.start_seeder(true)?;
+        compare_with_overlayfs(run, &mut scene, &reference, &image, &demo::PROGRAM)
+    });
+}
+
+/// Containers, second containers, exec, writes, a derived image; and the disk is given back when all is removed.
+#[test]
+fn a_lazy_image_is_used_like_any_other() {
+    run_test("a_lazy_image_is_used_like_any_other", |run_of| {
+        let (mut scene, reference, _) = scene_with_image(run_of)?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("")?;
+        let network = &scene.network;
+        let containerd = node.containerd();
+        containerd.pull(network, "drover", &reference)?;
+
+        let script = "echo ready; while [ ! -e /stop ]; do sleep 0.1; done";
+        let mut first = containerd.container(network, "drover", &reference, "first", &["sh", "-c", script]);
+        let mut first = first.spawn().context("cannot start ctr")?;
+        let running = || run(&mut containerd.ctr(network, &["task", "ls"])).is_ok_and(|text| text.contains("RUNNING"));
+        wait_for("the first container runs", Duration::from_secs(60), running)?;
+
+        let exec =
+            ["task", "exec", "--exec-id", "e1", "first", "sh", "-c", "echo changed > /etc/replaced; cat /tmp/new"];
+        let printed = run(&mut containerd.ctr(network, &exec))?;
+        ensure!(printed.contains("sticky"), "exec printed {printed:?}");
+
+        let second = containerd.output_of(network, "drover", &reference, "second", &["cat", "/etc/replaced"])?;
+        ensure!(second == "after\n", "a container sees another one's change: {second:?}");
+
+        // A build step: a writable snapshot on the image is changed, committed, and used as a parent itself.
+        let tops = run(&mut containerd.ctr(network, &["snapshot", "--snapshotter", "drover", "ls"]))?;
+        let parent = tops.lines().find_map(|line| line.starts_with("first ").then(|| line.split_whitespace().nth(1)));
+        let parent = parent.flatten().context("the container has no snapshot")?.to_owned();
+        let snapshot = |arguments: &[&str]| {
+            let mut command = containerd.ctr(network, &["snapshot", "--snapshotter", "drover"]);
+            run(command.args(arguments))
+        };
+        let (built, seen) = (run_of.folder().join("built"), run_of.folder().join("seen"));
+        fs::create_dir_all(&built)?;
+        fs::create_dir_all(&seen)?;
+        mount(&snapshot(&["prepare", "--mounts", path(&built)?, "step", &parent])?)?;
+        fs::write(built.join("derived"), "derived\n")?;
+        fs::remove_file(built.join("etc/replaced"))?;
+        run(Command::new("umount").arg(&built))?;
+        snapshot(&["commit", "derived", "step"])?;
+        mount(&snapshot(&["view", "--mounts", path(&seen)?, "look", "derived"])?)?;
+        ensure!(fs::read_to_string(seen.join("derived"))? == "derived\n");
+        ensure!(!seen.join("etc/replaced").exists() && seen.join("srv/large").exists());
+        run(Command::new("umount").arg(&seen))?;
+
+        let difference = run(&mut containerd.ctr(network, &["snapshot", "--snapshotter", "drover", "diff", "first"]));
+        ensure!(difference.is_ok(), "the container's change cannot be read: {difference:?}");
+
+        run(&mut containerd.ctr(network, &["task", "exec", "--exec-id", "e2", "first", "touch", "/stop"]))?;
+        ensure!(first.wait()?.success(), "the first container failed");
+
+        for name in ["look", "derived"] {
+            snapshot(&["rm", name])?;
+        }
+        run(&mut containerd.ctr(network, &["image", "rm", "--sync", &reference]))?;
+        let status = || node.snapshotter()?.status();
+        wait_for("the disk is given back", Duration::from_secs(60), || {
+            status().is_ok_and(|status| status.images.is_empty() && status.bytes_here == 0)
+        })
+        .with_context(|| format!("{:?}", status()))?;
+        let left = disk_use(node.snapshotter()?.root())?;
+        ensure!(
+            left < 4 << 20,
+            "{left} bytes are left on the disk of an image of {} MiB",
+            small::LARGE_FILE_SIZE >> 20
+        );
+        Ok(())
+    });
+}
+
+/// Without a seeder a pull works as before, and the status says why nothing is lazy.
+#[test]
+fn without_a_seeder_containerd_unpacks() {
+    run_test("without_a_seeder_containerd_unpacks", |run| {
+        let (mut scene, reference, _) = scene_with_image(run)?;
+        let node = scene.drover_node("")?;
+        node.containerd().pull(&scene.network, "drover", &reference)?;
+        let printed =
+            node.containerd().output_of(&scene.network, "drover", &reference, "c1", &["cat", "/etc/replaced"])?;
+        ensure!(printed == "after\n", "the container printed {printed:?}");
+        let status = node.snapshotter()?.status()?;
+        let reasons = ordinary_layers(&status);
+        ensure!(reasons.len() == 4, "want four ordinary layers:\n{}", node.snapshotter()?.status_text()?);
+        ensure!(reasons.iter().all(|reason| reason.contains("seeder")), "no reason names the seeder: {reasons:?}");
+        Ok(())
+    });
+}
+
+/// With the seeder gone, a container reads on from the registry.
+#[test]
+fn a_container_reads_on_when_the_seeder_is_gone() {
+    run_test("a_container_reads_on_when_the_seeder_is_gone", |run_of| {
+        let (mut scene, reference, _) = scene_with_image(run_of)?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node(NO_FILL)?;
+        node.containerd().pull(&scene.network, "drover", &reference)?;
+        scene.seeder.as_mut().context("no seeder")?.daemon_mut().kill();
+        let printed = node.containerd().output_of(
+            &scene.network,
+            "drover",
+            &reference,
+            "c1",
+            &["sh", "-c", &format!("cat {} | sha256sum", small::LARGE_FILE)],
+        )?;
+        let plain = {
+            let other = scene.plain_node()?;
+            other.containerd().pull(&scene.network, "overlayfs", &reference)?;
+            let script = format!("cat {} | sha256sum", small::LARGE_FILE);
+            other.containerd().output_of(&scene.network, "overlayfs", &reference, "c2", &["sh", "-c", &script])?
+        };
+        ensure!(printed == plain, "the file has digest {printed} instead of {plain}");
+        let status = node.snapshotter()?.status()?;
+        let layers = status.images.iter().flat_map(|image| &image.layers);
+        let registry: u64 = layers.filter_map(|layer| layer.bytes_by_source.get("registry")).sum();
+        ensure!(registry > small::LARGE_FILE_SIZE / 2, "only {registry} bytes came from the registry");
+        Ok(())
+    });
+}
+
+/// Pulls with Drover and with overlayfs on two nodes and compares: before anything was read, after everything was, and in a
+/// container.
+fn compare_with_overlayfs(
+    run: &Run,
+    scene: &mut Scene,
+    reference: &str,
+    image: &Image,
+    program: &[&str],
+) -> Result<()> {
+    let plain = scene.plain_node()?;
+    plain.containerd().pull(&scene.network, "overlayfs", reference)?;
+    let expected = run.folder().join("expected");
+    plain.mount_image(&scene.network, "overlayfs", reference, &expected)?;
+
+    // Makes the layers known, so that the next node is lazy from the first moment.
+    let first = scene.drover_node(NO_FILL)?;
+    first.containerd().pull(&scene.network, "drover", reference)?;
+    drop(first);
+
+    let counter = scene.network.counter(Place::Node, Link::Switch).context("the network has no counter")?;
+    let node = scene.drover_node(NO_FILL)?;
+    let before = counter.read()?;
+    node.containerd().pull(&scene.network, "drover", reference)?;
+    let pulled = counter.read()? - before;
+    let compressed = image.compressed_size();
+    ensure!(pulled < compressed / 10, "the pull alone brought {pulled} bytes of an image of {compressed}");
+    let output = node.containerd().output_of(&scene.network, "drover", reference, "c1", program)?;
+    ensure!(!output.is_empty(), "the container printed nothing");
+    let used = counter.read()? - before;
+    ensure!(used < compressed / 2, "the container brought {used} bytes of an image of {compressed}");
+    let status = node.snapshotter()?.status()?;
+    ensure!(!all_complete(&status), "an image that is complete cannot show that it is lazy");
+    ensure!(ordinary_layers(&status).is_empty(), "not lazy:\n{}", node.snapshotter()?.status_text()?);
+    ensure!(bytes_fetched(&status) <= used, "the status counts more bytes than the network");
+
+    // The walk reads every byte, so that everything comes as it is read.
+    same(run, scene, &node, reference, &expected, "lazily")?;
+    drop(node);
+
+    let filled = scene.drover_node("")?;
+    filled.containerd().pull(&scene.network, "drover", reference)?;
+    wait_until_complete(&filled)?;
+    same(run, scene, &filled, reference, &expected, "when complete")?;
+    let output_again = filled.containerd().output_of(&scene.network, "drover", reference, "c2", program)?;
+    ensure!(output == output_again, "the complete image prints {output_again:?}, the lazy one {output:?}");
+    Ok(())
+}
+
+fn same(run: &Run, scene: &Scene, node: &Node, reference: &str, expected: &Path, when: &str) -> Result<()> {
+    let mounted = run.folder().join("mounted");
+    node.mount_image(&scene.network, "drover", reference, &mounted)?;
+    let result = compare(expected, &mounted)?;
+    ensure!(result.differences.is_empty(), "{when}: {:#?}", result.differences);
+    ensure!(result.paths > small::MANY_FILES as u64, "only {} paths were compared", result.paths);
+    println!("{when}: {} paths and {} bytes are equal", result.paths, result.bytes);
+    node.unmount_image(&scene.network, "drover", &mounted)
+}
+
+fn scene_with_image(run: &Run) -> Result<(Scene, String, Image)> {
     let tools = Tools::prepare(&|_| {})?;
     let image = small::build(&run.folder().join("image"), &tools.busybox)?;
     let scene = Scene::private(run, tools, &run.folder().join("registry"))?;
-    let registry = scene.registry.as_ref().expect("a private scene has a registry");
-    let reference = registry.push(&scene.network, &image, "test/small", "1")?;
-    Ok((scene, reference))
+    let reference = push(&scene, &image, "test/small")?;
+    Ok((scene, reference, image))
+}
+
+fn push(scene: &Scene, image: &Image, repository: &str) -> Result<String> {
+    let registry = scene.registry.as_ref().context("a private scene has a registry")?;
+    registry.push(&scene.network, image, repository, "1")
+}
+
+/// Runs the mount command that `ctr snapshot --mounts` prints.
+fn mount(command: &str) -> Result<()> {
+    run(Command::new("sh").args(["-c", command]))?;
+    Ok(())
+}
+
+fn path(path: &Path) -> Result<&str> {
+    path.to_str().context("a path is not UTF-8")
+}
+
+/// Bytes that a folder takes on the disk, holes not counted.
+fn disk_use(folder: &Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
+        let metadata = entry.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?.metadata()?;
+        bytes += if metadata.is_dir() { disk_use(&entry?.path())? } else { metadata.blocks() * 512 };
+    }
+    Ok(bytes)
 }
