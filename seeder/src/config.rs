@@ -1,0 +1,133 @@
+//! The configuration file of the seeder.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use node::config::{ByteSize, RegistriesConfig, SecurityConfig};
+use node::{ingest, registry, serve};
+use serde::Deserialize;
+
+/// The whole file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Directory of the store: blobs, indexes and chunks of every layer that was asked for.
+    pub(crate) root: PathBuf,
+    /// Address and port for nodes.
+    #[serde(default = "default_listen")]
+    pub(crate) listen: String,
+    /// How nodes and seeder trust each other; there is no default.
+    pub(crate) security: SecurityConfig,
+    /// Registries that need more than HTTPS.
+    #[serde(default)]
+    pub(crate) registry: RegistriesConfig,
+    /// Bounds.
+    #[serde(default)]
+    pub(crate) limits: Limits,
+    /// Level of the log, or a filter like `info,node::registry=debug`. `DROVER_LOG` overrides it.
+    pub(crate) log: Option<String>,
+}
+
+/// Bounds; the defaults fit a seeder of a thousand nodes.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Limits {
+    /// Connections at the same time; more wait. A node holds a few.
+    connections: usize,
+    /// Transfers of sections and chunks at the same time; a node that comes when all are taken is told to come again.
+    transfers: usize,
+    /// Blobs that are ingested at the same time. More make each of them slower.
+    ingests: usize,
+    /// Threads that encode chunks.
+    encode_threads: usize,
+    /// Largest blob that is taken.
+    blob_size: ByteSize,
+    /// How long a registry may send nothing before the connection is made again.
+    #[serde(with = "humantime_serde")]
+    registry_stall: Duration,
+    /// How long a node may take no byte of what it asked for before it is cut off.
+    #[serde(with = "humantime_serde")]
+    client_stall: Duration,
+}
+
+fn default_listen() -> String {
+    "0.0.0.0:7070".to_owned()
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let (listener, ingest) = (serve::Limits::default(), ingest::Options::default());
+        Self {
+            connections: listener.connections,
+            transfers: 256,
+            ingests: ingest.concurrent,
+            encode_threads: ingest.encode_threads,
+            blob_size: ByteSize::b(ingest.blob_size_max),
+            registry_stall: registry::Options::default().stall_timeout,
+            client_stall: listener.stall_timeout,
+        }
+    }
+}
+
+impl Config {
+    /// Where commands on this machine reach the daemon.
+    pub(crate) fn socket(&self) -> PathBuf {
+        socket(&self.root)
+    }
+
+    /// A client of the registries.
+    pub(crate) fn registry(&self) -> registry::Client {
+        let options = registry::Options { stall_timeout: self.limits.registry_stall, ..registry::Options::default() };
+        registry::Client::new(self.registry.clone(), options)
+    }
+}
+
+impl Limits {
+    pub(crate) fn listener(&self) -> serve::Limits {
+        serve::Limits { connections: self.connections, stall_timeout: self.client_stall, ..serve::Limits::default() }
+    }
+
+    pub(crate) const fn transfers(&self) -> usize {
+        self.transfers
+    }
+
+    pub(crate) fn ingest(&self) -> ingest::Options {
+        ingest::Options {
+            concurrent: self.ingests,
+            encode_threads: self.encode_threads,
+            blob_size_max: self.blob_size.as_u64(),
+            ..ingest::Options::default()
+        }
+    }
+}
+
+fn socket(root: &Path) -> PathBuf {
+    root.join("control.sock")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_is_enough_and_a_wrong_key_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("seeder.toml");
+        let parse = |text: &str| -> Result<Config, node::config::ConfigError> {
+            std::fs::write(&path, text).unwrap();
+            node::config::load(&path)
+        };
+        let config = parse("root = \"/r\"\nsecurity = \"off\"").unwrap();
+        assert_eq!(config.listen, "0.0.0.0:7070");
+        assert_eq!(config.limits.ingest().concurrent, ingest::Options::default().concurrent);
+        let config =
+            parse("root = \"/r\"\nsecurity = \"off\"\n[limits]\nclient_stall = \"500ms\"\nblob_size = \"1GiB\"")
+                .unwrap();
+        assert_eq!(config.limits.listener().stall_timeout, Duration::from_millis(500));
+        assert_eq!(config.limits.ingest().blob_size_max, 1 << 30);
+        let error = parse("root = \"/r\"\nsecurity = \"off\"\n[limits]\nuploads = 3").unwrap_err().to_string();
+        assert!(error.contains("uploads"), "{error}");
+        let error = parse("root = \"/r\"").unwrap_err().to_string();
+        assert!(error.contains("security"), "{error}");
+    }
+}
