@@ -11,6 +11,7 @@ pub mod layer;
 pub mod node;
 pub mod reader;
 pub mod registry;
+pub mod resolve;
 pub mod security;
 pub mod seeder;
 pub mod serve;
