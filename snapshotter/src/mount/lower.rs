@@ -1,0 +1,104 @@
+//! What the layers below have at a path, for the directories that a layer's tar leaves out.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use layer::entry::{Mtime, Xattr};
+use layer::erofs::{DirectoryAttributes, LowerDirectories};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+/// The roots of the layers below, top first: EROFS mounts or the directories of ordinary snapshots. Only metadata is read,
+/// which is on the node's disk in both cases.
+#[derive(Debug)]
+pub struct LowerRoots(pub Vec<PathBuf>);
+
+impl LowerDirectories for LowerRoots {
+    /// As containerd's `mkparent` (pkg/archive/tar.go) and [`layer::erofs::Stack`]: the uppermost layer that has the path
+    /// decides, symbolic links are followed inside that layer, and anything there that is no directory ends the search.
+    fn attributes(&self, path: &[u8]) -> Option<DirectoryAttributes> {
+        for root in &self.0 {
+            match look(root, path) {
+                Ok(Some(attributes)) => return Some(attributes),
+                Ok(None) => {}
+                Err(rustix::io::Errno::NOTDIR) => return None,
+                Err(errno) => {
+                    tracing::warn!(root = %root.display(), path = %String::from_utf8_lossy(path), %errno, "cannot read a parent's directory");
+                    return None;
+                }
+            }
+        }
+        None
+    }
+}
+
+fn look(root: &Path, path: &[u8]) -> rustix::io::Result<Option<DirectoryAttributes>> {
+    const FLAGS: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::RDONLY);
+    let root = rustix::fs::open(root, FLAGS, Mode::empty())?;
+    let path = if path.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(path) };
+    let directory = match rustix::fs::openat2(&root, path, FLAGS, Mode::empty(), ResolveFlags::IN_ROOT) {
+        Ok(directory) => directory,
+        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(errno),
+    };
+    let stat = rustix::fs::fstat(&directory)?;
+    Ok(Some(DirectoryAttributes {
+        mode: (stat.st_mode & 0o7777) as u16,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime: Mtime { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
+        xattrs: xattrs(&directory)?,
+    }))
+}
+
+/// All extended attributes but overlayfs' own marks, sorted by name.
+fn xattrs(directory: &OwnedFd) -> rustix::io::Result<Vec<Xattr>> {
+    let mut names = vec![0_u8; 65536];
+    let length = match rustix::fs::flistxattr(directory.as_fd(), &mut names[..]) {
+        Err(rustix::io::Errno::NOTSUP) => 0,
+        answer => answer?,
+    };
+    let mut xattrs = Vec::new();
+    for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
+        if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
+            continue;
+        }
+        let mut value = vec![0_u8; 65536];
+        let length = rustix::fs::fgetxattr(directory.as_fd(), OsStr::from_bytes(name), &mut value[..])?;
+        value.truncate(length);
+        xattrs.push(Xattr { name: name.to_vec(), value });
+    }
+    xattrs.sort_by(|left, right| left.name.cmp(&right.name));
+    Ok(xattrs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn directory(root: &Path, path: &str, mode: u32) {
+        std::fs::create_dir_all(root.join(path)).unwrap();
+        std::fs::set_permissions(root.join(path), PermissionsExt::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn the_topmost_directory_wins_and_files_end_the_search() {
+        let folder = tempfile::tempdir().unwrap();
+        let (top, bottom) = (folder.path().join("top"), folder.path().join("bottom"));
+        directory(&top, "a", 0o711);
+        directory(&bottom, "a", 0o755);
+        directory(&bottom, "b/c", 0o1777);
+        directory(&bottom, "d/e", 0o700);
+        std::fs::write(top.join("d"), "").unwrap();
+        std::os::unix::fs::symlink("b", top.join("link")).unwrap();
+        let roots = LowerRoots(vec![top, bottom]);
+        assert_eq!(roots.attributes(b"a").unwrap().mode, 0o711);
+        assert_eq!(roots.attributes(b"b/c").unwrap().mode, 0o1777);
+        assert!(roots.attributes(b"d/e").is_none());
+        assert_eq!(roots.attributes(b"link"), roots.attributes(b"x"), "a link is followed in its own layer only");
+        assert!(roots.attributes(b"missing").is_none());
+    }
+}

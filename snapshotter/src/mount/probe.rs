@@ -1,0 +1,91 @@
+//! Whether this kernel can do what lazy layers need, found out by doing it.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use layer::entry::{Entry, Kind, Mtime};
+use layer::erofs::{ImageOptions, Stack, write_image};
+use layer::tree::Tree;
+
+use super::erofs::{ErofsMount, MountError, unmount};
+
+/// Why lazy layers cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The mount was refused; the kernel is too old or lacks EROFS.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// It mounted, but reads do not give what was written.
+    #[error("a file-backed EROFS mount on this kernel does not read back what was written")]
+    WrongBytes,
+    /// The probe's image could not be written.
+    #[error("cannot write the probe's image: {0}")]
+    Image(String),
+}
+
+/// Mounts a tiny image over a device file below `root`, reads from it and unmounts it. Needs no FUSE.
+pub fn file_backed_erofs(root: &Path) -> Result<(), ProbeError> {
+    let folder = root.join("probe");
+    let result = probe(&folder);
+    let target = folder.join("mounted");
+    let unmounted = unmount(&target).map_err(MountError::io(&target));
+    let removed = unmounted.and_then(|()| fs::remove_dir_all(&folder).map_err(MountError::io(&folder)));
+    result.and_then(|()| removed.map_err(ProbeError::Mount))
+}
+
+fn probe(folder: &Path) -> Result<(), ProbeError> {
+    const TEXT: &[u8] = b"drover";
+    let mount =
+        ErofsMount { image: folder.join("image"), device: folder.join("device"), target: folder.join("mounted") };
+    // A crash may have left an earlier probe.
+    unmount(&mount.target).map_err(MountError::io(&mount.target))?;
+    fs::create_dir_all(&mount.target).map_err(MountError::io(&mount.target))?;
+    let mut device = TEXT.to_vec();
+    device.resize(512, 0);
+    fs::write(&mount.device, &device).map_err(MountError::io(&mount.device))?;
+    let entry = |path: &[u8], kind, mode| Entry {
+        path: path.to_vec(),
+        kind,
+        mode,
+        uid: 0,
+        gid: 0,
+        mtime: Mtime::default(),
+        xattrs: Vec::new(),
+    };
+    let entries = vec![
+        entry(b"", Kind::Directory { opaque: false }, 0o755),
+        entry(b"file", Kind::Regular { offset: 0, size: TEXT.len() as u64 }, 0o644),
+    ];
+    let failed = |error: &dyn std::fmt::Display| ProbeError::Image(error.to_string());
+    let tree = Tree::validate(entries, device.len() as u64).map_err(|error| failed(&error))?;
+    let mut image = Vec::new();
+    let options = ImageOptions { device_size: device.len() as u64, bottom: true, uuid: [1; 16] };
+    write_image(&tree, &options, &Stack::new(&[]), &mut image).map_err(|error| failed(&error))?;
+    fs::File::create(&mount.image)
+        .and_then(|mut file| file.write_all(&image).and_then(|()| file.sync_all()))
+        .map_err(MountError::io(&mount.image))?;
+    mount.mount()?;
+    let read = fs::read(mount.target.join("file")).map_err(MountError::io(&mount.target))?;
+    if read == TEXT { Ok(()) } else { Err(ProbeError::WrongBytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leaves_nothing_behind() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: mounting needs root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let answer = file_backed_erofs(folder.path());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(super::super::table::mounts_below(folder.path()).unwrap().is_empty());
+        if let Err(error) = answer {
+            println!("skipped: this kernel cannot: {error}");
+        }
+    }
+}
