@@ -1,3 +1,151 @@
-//! The snapshotter daemon and its keeper.
+//! The snapshotter's command line.
 
-fn main() {}
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use hyper_util::rt::TokioIo;
+use proto::drover::node::v1::StatusRequest;
+use proto::drover::node::v1::node_client::NodeClient;
+use snapshotter::config::{Config, DEFAULT_PATH};
+use snapshotter::daemon::{self, Handed};
+use snapshotter::keeper::{self, DaemonSide, KeeperOptions};
+use snapshotter::mount::helper;
+use snapshotter::status::render::render;
+use tokio::net::UnixStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::{Endpoint, Uri};
+
+/// How long an orderly stop waits for the daemon before it is killed; longer than the daemon itself waits.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long `status` waits for the daemon.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Drover's containerd snapshotter: containers start before their images have arrived.
+#[derive(Parser)]
+#[command(name = "drover-snapshotter", version)]
+struct Arguments {
+    /// Configuration file.
+    #[arg(long, global = true, default_value = DEFAULT_PATH, value_name = "FILE")]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve containerd until told to stop. SIGHUP loads a new binary while containers go on.
+    Serve,
+    /// Say of each image what is here, what is elsewhere, and why a layer is not lazy.
+    Status {
+        /// A line for each layer.
+        #[arg(long)]
+        layers: bool,
+    },
+    /// The daemon, started by the keeper.
+    #[command(hide = true)]
+    Daemon,
+    /// A keeper, started by the daemon of one that died.
+    #[command(hide = true)]
+    Keeper,
+    /// The process that mounts on FUSE files.
+    #[command(hide = true, name = helper::SUBCOMMAND)]
+    MountErofs,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("drover-snapshotter: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.command {
+        Command::MountErofs => Ok(helper::serve()?),
+        command => {
+            let config = Config::load(&arguments.config)?;
+            let options = keeper_options(&config, &arguments.config);
+            match command {
+                Command::Serve => Ok(keeper::serve(&options)?),
+                Command::Keeper => Ok(keeper::adopt(&options)?),
+                Command::Daemon => run_daemon(&config, &options),
+                Command::Status { layers } => run_status(&config, layers),
+                Command::MountErofs => Ok(()),
+            }
+        }
+    }
+}
+
+fn keeper_options(config: &Config, path: &std::path::Path) -> KeeperOptions {
+    let again = |command: &str| vec![OsString::from("--config"), path.into(), OsString::from(command)];
+    KeeperOptions {
+        runtime_directory: config.run.clone(),
+        mount_point: config.devices(),
+        socket: config.socket(),
+        keeper_arguments: again("keeper"),
+        daemon_arguments: again("daemon"),
+        stop_timeout: STOP_TIMEOUT,
+    }
+}
+
+fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
+    let side = DaemonSide::receive(options)?;
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_new(&config.log).context("key log of the configuration")?)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let handed = Handed {
+        fuse: side.fuse()?,
+        listener: side.listener()?,
+        adopted: side.adopted(),
+        // Not its path: an upgrade may have put another binary there.
+        program: "/proc/self/exe".into(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let stop = async move {
+            terminate.recv().await;
+        };
+        let ready = || {
+            side.ready();
+            Ok(())
+        };
+        daemon::serve(config, handed, ready, stop).await
+    })?;
+    // Blocking work of a cancelled call must not hold the stop up.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+fn run_status(config: &Config, layers: bool) -> anyhow::Result<()> {
+    let socket = config.socket();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let status = runtime.block_on(async {
+        let ask = async {
+            let path = socket.clone();
+            let connect = tower::service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            });
+            let channel = Endpoint::from_static("http://drover").connect_with_connector(connect).await?;
+            anyhow::Ok(NodeClient::new(channel).status(StatusRequest {}).await?.into_inner())
+        };
+        tokio::time::timeout(STATUS_TIMEOUT, ask)
+            .await
+            .with_context(|| format!("no answer within {STATUS_TIMEOUT:?}"))
+            .flatten()
+            .with_context(|| format!("cannot ask the daemon at {}: does it run?", socket.display()))
+    })?;
+    print!("{}", render(&status, layers));
+    Ok(())
+}

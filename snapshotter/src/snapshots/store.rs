@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -147,6 +147,13 @@ impl Store {
     /// All snapshots that `wanted` lets through.
     pub fn list(&self, wanted: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>, StoreError> {
         self.records.list(wanted)
+    }
+
+    /// The directories that show the layers of `parent` and of those below it, top first; none for no parent.
+    pub fn lowers(&self, parent: Option<&str>) -> Result<Vec<PathBuf>, StoreError> {
+        let ancestors = self.records.parents(parent)?;
+        let key = parent.unwrap_or_default();
+        ancestors.iter().map(|ancestor| mounts::lower(key, ancestor, &self.directories, &*self.layers)).collect()
     }
 
     /// All committed lazy snapshots, for mounting their layers again after a start.
@@ -306,7 +313,6 @@ fn second_name(target: &str, parent_id: u64) -> String {
 mod tests {
     use std::fs;
     use std::io;
-    use std::path::PathBuf;
 
     use layer::ChainId;
     use node::source::BlobRef;

@@ -1,0 +1,227 @@
+//! The snapshotter's configuration file.
+//!
+//! Every key with its meaning, default and sensible range is in docs/configuration.md, which a test compares with this struct.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use node::config::{ConfigError, RegistriesConfig, SecurityConfig, SeederAddresses};
+use serde::Deserialize;
+
+/// Where the configuration is read from unless the command line says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/drover/snapshotter.toml";
+
+/// Shorter deadlines fail reads that a busy source would have answered; at 120 s some hosts reboot.
+const DEADLINE_RANGE: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(110);
+
+/// The whole file. Unknown keys are refused; every key but `security` has a default.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Everything that must survive a reboot: records, layers, images. On a file system with sparse files and extended attributes.
+    #[serde(default = "default_root")]
+    pub root: PathBuf,
+    /// Everything that need not: locks and the keeper's socket.
+    #[serde(default = "default_run")]
+    pub run: PathBuf,
+    /// Socket that containerd's `proxy_plugins` entry names; `drover.sock` in `run` where it is left out.
+    pub socket: Option<PathBuf>,
+    /// Where containerd is.
+    #[serde(default)]
+    pub containerd: ContainerdConfig,
+    /// Where seeders are.
+    #[serde(default)]
+    pub seeder: SeederConfig,
+    /// How this node proves itself and whom it trusts.
+    pub security: SecurityConfig,
+    /// Registries by host, for reads that no seeder answers.
+    #[serde(default)]
+    pub registry: RegistriesConfig,
+    /// Reads of containers.
+    #[serde(default)]
+    pub read: ReadConfig,
+    /// Pulls.
+    #[serde(default)]
+    pub prepare: PrepareConfig,
+    /// Fetching what nobody reads yet.
+    #[serde(default)]
+    pub fill: FillConfig,
+    /// `error`, `warn`, `info`, `debug`, or a filter as `tracing` takes it.
+    #[serde(default = "default_log")]
+    pub log: String,
+}
+
+impl Config {
+    /// Reads `path`.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = node::config::load(path)?;
+        let wrong = |reason: String| ConfigError::Parse { path: path.to_owned(), reason };
+        if !DEADLINE_RANGE.contains(&config.read.deadline) {
+            return Err(wrong("read.deadline must be between 1s and 110s".into()));
+        }
+        for (key, path) in [("root", &config.root), ("run", &config.run), ("socket", &config.socket())] {
+            if !path.is_absolute() {
+                return Err(wrong(format!("{key} must be an absolute path")));
+            }
+        }
+        Ok(config)
+    }
+
+    /// The socket that containerd connects to.
+    pub fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| self.run.join("drover.sock"))
+    }
+
+    /// Directory of the FUSE mount whose files are devices.
+    pub fn devices(&self) -> PathBuf {
+        self.root.join("devices")
+    }
+}
+
+/// Where containerd is.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContainerdConfig {
+    /// Its gRPC socket. Blobs in its content store are preferred to the network.
+    pub socket: PathBuf,
+}
+
+/// Where seeders are.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SeederConfig {
+    /// `HOST:PORT`, tried in order; a DNS name may stand for several.
+    pub addresses: SeederAddresses,
+}
+
+/// Reads of containers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReadConfig {
+    /// How long a read may wait for a chunk that no source gives before it fails with EIO. Below 120 s, where some
+    /// hosts reboot on hung tasks.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Duration,
+}
+
+/// Pulls.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PrepareConfig {
+    /// How long a pull waits for a layer that makes no progress before containerd unpacks it.
+    #[serde(with = "humantime_serde")]
+    pub stall: Duration,
+}
+
+/// Fetching what nobody reads yet.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FillConfig {
+    /// Whether layers are completed in the background.
+    pub enabled: bool,
+    /// Bytes a second that this may take; 0 is unlimited. Reads of containers go first in any case.
+    pub rate: ByteSize,
+}
+
+fn default_root() -> PathBuf {
+    "/var/lib/drover".into()
+}
+
+fn default_run() -> PathBuf {
+    "/run/drover".into()
+}
+
+fn default_log() -> String {
+    "info".into()
+}
+
+impl Default for ContainerdConfig {
+    fn default() -> Self {
+        Self { socket: "/run/containerd/containerd.sock".into() }
+    }
+}
+
+impl Default for ReadConfig {
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(60) }
+    }
+}
+
+impl Default for PrepareConfig {
+    fn default() -> Self {
+        Self { stall: Duration::from_secs(10) }
+    }
+}
+
+impl Default for FillConfig {
+    fn default() -> Self {
+        Self { enabled: true, rate: ByteSize::b(0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys and defaults of the snapshotter's table in docs/configuration.md, as written there.
+    fn documented() -> Vec<(String, String)> {
+        let page = include_str!("../../docs/configuration.md");
+        let (_, page) = page.split_once("## `drover-snapshotter`").unwrap();
+        let page = page.split_once("\n## ").map_or(page, |(page, _)| page);
+        page.lines()
+            .filter_map(|line| {
+                let mut cells = line.strip_prefix("| `")?.split(" | ");
+                let key = cells.next()?.trim_end_matches('`').to_owned();
+                Some((key, cells.next()?.trim().trim_matches('`').to_owned()))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_documented_key_is_known_with_its_default() {
+        let documented = documented();
+        assert!(documented.len() > 10);
+        let mut text = String::new();
+        for (key, default) in &documented {
+            let is_value = default.starts_with(['"', '[']) || ["true", "false"].contains(&default.as_str());
+            if is_value && !key.contains("security") {
+                text += &format!("{key} = {default}\n");
+            }
+        }
+        let plain: Config = toml::from_str("security = \"off\"").unwrap();
+        let spelled: Config = toml::from_str(&format!("security = \"off\"\n{text}")).unwrap();
+        let ignoring_registries = |config: &Config| Config { registry: RegistriesConfig::default(), ..config.clone() };
+        assert_eq!(format!("{plain:?}"), format!("{:?}", ignoring_registries(&spelled)));
+    }
+
+    #[test]
+    fn every_key_is_documented() {
+        let documented = documented();
+        for table in ["", "containerd", "seeder", "read", "prepare", "fill", "registry.x"] {
+            let header = if table.is_empty() { String::new() } else { format!("[{table}]\n") };
+            let text = if table.is_empty() {
+                "nonsense = 1".into()
+            } else {
+                format!("security = \"off\"\n{header}nonsense = 1")
+            };
+            let error = toml::from_str::<Config>(&text).unwrap_err().to_string();
+            let (_, known) = error.split_once("expected").unwrap_or_else(|| panic!("{error}"));
+            for key in known.split('`').skip(1).step_by(2) {
+                let is_documented = documented.iter().any(|(name, _)| match table {
+                    "" => name == key || name.starts_with(&format!("{key}.")),
+                    "registry.x" => name.starts_with("registry.") && name.ends_with(&format!(".{key}")),
+                    table => *name == format!("{table}.{key}"),
+                });
+                assert!(is_documented, "{table} {key} is not in docs/configuration.md");
+            }
+        }
+    }
+
+    #[test]
+    fn a_typo_is_named() {
+        let error = toml::from_str::<Config>("security = \"off\"\n[read]\ndeadlin = \"5s\"").unwrap_err();
+        assert!(error.to_string().contains("deadlin"), "{error}");
+    }
+}

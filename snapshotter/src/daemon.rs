@@ -1,0 +1,150 @@
+//! All parts of the daemon, put together.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use node::resolve::Resolver;
+use node::security::{Role, Security};
+use node::{Node, NodeConfig};
+use proto::drover::node::v1::node_server::NodeServer;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+
+use crate::config::Config;
+use crate::containerd::content::ContentStore;
+use crate::containerd::{Service, Sweeper};
+use crate::fuse::{self, DeviceMount, ReadAhead, SessionOptions};
+use crate::lazy::declined::Declined;
+use crate::lazy::devices::LayerDevices;
+use crate::lazy::prepare::ImageLayers;
+use crate::lazy::resolutions::Resolutions;
+use crate::mount::layers::LayerMounts;
+use crate::mount::probe;
+use crate::snapshots::Store;
+use crate::status::service::StatusService;
+
+/// How long an orderly stop waits for calls that are under way. A `Prepare` that takes longer is repeated by containerd.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What the keeper hands to each daemon.
+#[derive(Debug)]
+pub struct Handed {
+    /// The FUSE connection, mounted at [`Config::devices`].
+    pub fuse: OwnedFd,
+    /// The socket that containerd connects to, listening.
+    pub listener: UnixListener,
+    /// An earlier daemon served the connection.
+    pub adopted: bool,
+    /// This program, to start mount processes.
+    pub program: PathBuf,
+}
+
+/// Serves until `stop` resolves. Calls `ready` when containerd may call. Start-up needs no network.
+pub async fn serve(
+    config: &Config,
+    handed: Handed,
+    ready: impl FnOnce() -> anyhow::Result<()>,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let node = Node::open(NodeConfig {
+        read_deadline: config.read.deadline,
+        fill: config.fill.enabled,
+        fill_rate: config.fill.rate.as_u64(),
+        ..NodeConfig::new(&config.root)
+    })
+    .with_context(|| format!("cannot open the layers below {}", config.root.display()))?;
+    // Before anything is mounted: a mount process of an earlier daemon may be waiting for this connection.
+    let session = fuse::session::run(
+        handed.fuse,
+        Arc::new(DeviceMount(LayerDevices(node.clone()))),
+        SessionOptions {
+            adopted: handed.adopted,
+            read_ahead: Some(ReadAhead { mount_point: config.devices(), bytes: READ_AHEAD }),
+            ..SessionOptions::default()
+        },
+    )
+    .context("cannot serve the FUSE mount")?;
+    let layers = {
+        let (node, config, program) = (node.clone(), config.clone(), handed.program);
+        tokio::task::spawn_blocking(move || open(node, &config, program, handed.adopted))
+            .await
+            .context("opening panicked")??
+    };
+    let layers = Arc::new(layers);
+    tokio::task::spawn_blocking({
+        let layers = layers.clone();
+        move || layers.restore()
+    })
+    .await
+    .context("restoring panicked")??;
+
+    let sweeper = Arc::new(Sweeper::new(layers.store.clone(), layers.clone()));
+    tokio::spawn({
+        let sweeper = sweeper.clone();
+        async move { sweeper.run().await }
+    });
+    handed.listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(handed.listener)?;
+    let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
+    let mut server = std::pin::pin!(
+        Server::builder()
+            .add_service(Service::new(layers.store.clone(), layers.clone(), sweeper).into_server())
+            .add_service(NodeServer::new(StatusService(layers.clone())))
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+                let _ = stopped.await;
+            })
+    );
+    ready()?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        socket = %config.socket().display(),
+        layers = node.layers().len(),
+        adopted = handed.adopted,
+        "serving"
+    );
+    tokio::select! {
+        ended = &mut server => ended.context("the gRPC server ended")?,
+        () = stop => {
+            let _ = stopping.send(());
+            if tokio::time::timeout(STOP_PATIENCE, server).await.is_err() {
+                tracing::warn!("calls were still under way at the stop");
+            }
+        }
+    }
+    // From here on the next daemon answers what this one has not.
+    session.leave();
+    node.shutdown().await;
+    Ok(())
+}
+
+/// Readahead of the device mount. EROFS asks for what its own readahead wants; larger requests only help sequential readers.
+const READ_AHEAD: u64 = 1 << 20;
+
+fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> anyhow::Result<ImageLayers> {
+    let not_lazy = probe::file_backed_erofs(&config.root).err().map(|error| error.to_string());
+    if let Some(reason) = &not_lazy {
+        tracing::error!(reason, "no layer can be lazy on this node: containerd unpacks all of them");
+    }
+    let mounts = Arc::new(LayerMounts::open(node.clone(), &config.root, config.devices(), program, adopted)?);
+    let store = Arc::new(
+        Store::open(&config.root, mounts.clone())
+            .with_context(|| format!("cannot open the snapshots below {}", config.root.display()))?,
+    );
+    let security = Security::load(&config.security, Role::Node).context("cannot set up security")?;
+    let resolver = Resolver::new(node.clone(), &config.seeder.addresses, &security, &config.registry);
+    Ok(ImageLayers {
+        node,
+        resolutions: Resolutions::new(Arc::new(resolver)),
+        store,
+        mounts,
+        content: ContentStore::connect(&config.containerd.socket),
+        stall: config.prepare.stall,
+        not_lazy,
+        declined: Declined::default(),
+    })
+}

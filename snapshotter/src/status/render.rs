@@ -1,0 +1,137 @@
+//! The text of `drover-snapshotter status`.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+
+use bytesize::ByteSize;
+use proto::drover::node::v1::{Image, Layer, LayerState, StatusResponse};
+
+/// Writes `status` for people: an image a paragraph, a layer a line where `layers` asks for it.
+pub fn render(status: &StatusResponse, layers: bool) -> String {
+    let mut text = String::new();
+    write_status(&mut text, status, layers).expect("writing to a string does not fail");
+    text
+}
+
+fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt::Result {
+    writeln!(out, "drover-snapshotter {}, {} on disk", status.version, size(status.bytes_here))?;
+    if !status.not_lazy.is_empty() {
+        writeln!(out, "no layer can be lazy on this node: {}", status.not_lazy)?;
+    }
+    if status.images.is_empty() {
+        writeln!(out, "no images")?;
+    }
+    for image in &status.images {
+        write_image(out, image, layers)?;
+    }
+    Ok(())
+}
+
+fn write_image(out: &mut String, image: &Image, layers: bool) -> fmt::Result {
+    let lazy: Vec<&Layer> = image.layers.iter().filter(|layer| layer.state() != LayerState::Ordinary).collect();
+    let (here, whole) =
+        lazy.iter().fold((0, 0), |(here, whole), layer| (here + layer.bytes_here, whole + layer.device_size));
+    writeln!(out, "\n{}", image.name)?;
+    writeln!(
+        out,
+        "  {}: {} of {} layers lazy, {} of {} here{}",
+        image_state(image),
+        lazy.len(),
+        image.layers.len(),
+        size(here),
+        size(whole),
+        by_source(image.layers.iter())
+    )?;
+    for (number, layer) in image.layers.iter().enumerate() {
+        // A layer that is not as it should be is shown always.
+        if layers || !layer.reason.is_empty() {
+            write_layer(out, number + 1, layer)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_layer(out: &mut String, number: usize, layer: &Layer) -> fmt::Result {
+    let name = if layer.blob.is_empty() { &layer.snapshot } else { &layer.blob };
+    write!(out, "  {number:3} {name} {}", state_name(layer.state()))?;
+    if layer.state() != LayerState::Ordinary {
+        write!(out, ", {} of {}{}", size(layer.bytes_here), size(layer.device_size), by_source([layer].into_iter()))?;
+    }
+    if !layer.reason.is_empty() {
+        write!(out, ": {}", layer.reason)?;
+    }
+    writeln!(out)
+}
+
+/// The worst state of a lazy layer names the image; an image without one is ordinary.
+fn image_state(image: &Image) -> &'static str {
+    let has = |state| image.layers.iter().any(|layer| layer.state() == state);
+    let worst = [LayerState::Broken, LayerState::Quarantined, LayerState::Partial, LayerState::Complete]
+        .into_iter()
+        .find(|state| has(*state));
+    match worst {
+        Some(state) => state_name(state),
+        None => state_name(LayerState::Ordinary),
+    }
+}
+
+fn state_name(state: LayerState) -> &'static str {
+    match state {
+        LayerState::Ordinary => "ordinary",
+        LayerState::Partial => "partial",
+        LayerState::Complete => "complete",
+        LayerState::Quarantined => "quarantined",
+        LayerState::Broken => "broken",
+    }
+}
+
+fn by_source<'a>(layers: impl Iterator<Item = &'a Layer>) -> String {
+    let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
+    for (source, bytes) in layers.flat_map(|layer| &layer.bytes_by_source) {
+        *sums.entry(source).or_default() += bytes;
+    }
+    let parts: Vec<String> = sums
+        .into_iter()
+        .filter(|(_, bytes)| *bytes > 0)
+        .map(|(source, bytes)| format!("{} from {source}", size(bytes)))
+        .collect();
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
+}
+
+fn size(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shows_sources_and_reasons() {
+        let lazy = Layer {
+            snapshot: "sha256:aa".into(),
+            state: LayerState::Partial.into(),
+            blob: "sha256:bb".into(),
+            device_size: 4 << 20,
+            bytes_here: 1 << 20,
+            bytes_by_source: [("seeder".to_owned(), 1 << 19), ("registry".to_owned(), 0)].into(),
+            reason: String::new(),
+        };
+        let ordinary =
+            Layer { snapshot: "default/7/sha256:cc".into(), reason: "no seeder answered".into(), ..Layer::default() };
+        let status = StatusResponse {
+            version: "0.1.0".into(),
+            images: vec![Image { name: "registry/demo:v1".into(), layers: vec![lazy, ordinary] }],
+            bytes_here: 1 << 20,
+            not_lazy: String::new(),
+        };
+        let text = render(&status, false);
+        assert!(
+            text.contains("partial: 1 of 2 layers lazy, 1.0 MiB of 4.0 MiB here (512.0 KiB from seeder)"),
+            "{text}"
+        );
+        assert!(text.contains("default/7/sha256:cc ordinary: no seeder answered"), "{text}");
+        assert!(!text.contains("sha256:bb"), "{text}");
+        assert!(render(&status, true).contains("sha256:bb partial"));
+    }
+}

@@ -1,0 +1,101 @@
+//! The node's status over gRPC, on the socket that containerd uses.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use proto::drover::node::v1 as api;
+use proto::drover::node::v1::node_server::Node as NodeService;
+use tonic::{Request, Response, Status};
+
+use crate::lazy::labels::{IMAGE, TARGET, chain_of};
+use crate::lazy::prepare::ImageLayers;
+use crate::snapshots::{Backing, Kind, Snapshot, StoreError};
+
+/// Answers from the records and the engine; never the network.
+#[derive(Debug)]
+pub struct StatusService(pub Arc<ImageLayers>);
+
+#[tonic::async_trait]
+impl NodeService for StatusService {
+    async fn status(&self, _: Request<api::StatusRequest>) -> Result<Response<api::StatusResponse>, Status> {
+        let layers = self.0.clone();
+        let status = tokio::task::spawn_blocking(move || collect(&layers))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(status))
+    }
+}
+
+fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
+    let committed = layers.store.list(|snapshot| snapshot.record.kind == Kind::Committed)?;
+    let by_name: HashMap<&str, &Snapshot> =
+        committed.iter().map(|snapshot| (snapshot.name.as_str(), snapshot)).collect();
+    // A snapshot is the top of an image unless a child belongs to the same image.
+    let inner: HashSet<&str> = committed
+        .iter()
+        .filter_map(|snapshot| Some((snapshot, *by_name.get(snapshot.record.parent.as_deref()?)?)))
+        .filter(|(child, parent)| child.record.labels.get(IMAGE) == parent.record.labels.get(IMAGE))
+        .map(|(_, parent)| parent.name.as_str())
+        .collect();
+    let mut images: Vec<api::Image> = committed
+        .iter()
+        .filter(|snapshot| !inner.contains(snapshot.name.as_str()))
+        .map(|top| {
+            let mut chain = Vec::new();
+            let mut next = Some(top);
+            while let Some(snapshot) = next {
+                chain.push(layer(layers, snapshot));
+                next = snapshot.record.parent.as_deref().and_then(|parent| by_name.get(parent).copied());
+            }
+            chain.reverse();
+            let name = top.record.labels.get(IMAGE).unwrap_or(&top.name).clone();
+            api::Image { name, layers: chain }
+        })
+        .collect();
+    images.sort_by(|left, right| left.name.cmp(&right.name));
+    Ok(api::StatusResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        images,
+        bytes_here: layers.node.layers().iter().map(|layer| layer.bytes_here()).sum(),
+        not_lazy: layers.not_lazy.clone().unwrap_or_default(),
+    })
+}
+
+fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
+    let Backing::Lazy(backing) = &snapshot.record.backing else {
+        let chain = snapshot.record.labels.get(TARGET).cloned();
+        let chain = chain.or_else(|| chain_of(&snapshot.name, &snapshot.record.labels).map(|chain| chain.to_string()));
+        let reason = chain.and_then(|chain| layers.declined.reason(&chain)).unwrap_or_default();
+        return api::Layer { snapshot: snapshot.name.clone(), reason, ..api::Layer::default() };
+    };
+    let mut shown = api::Layer {
+        snapshot: snapshot.name.clone(),
+        state: api::LayerState::Broken.into(),
+        blob: backing.blob.to_string(),
+        ..api::Layer::default()
+    };
+    let Some(layer) = layers.node.layer(backing.diff_id) else {
+        shown.reason = "its files are missing; remove the image and pull it again".to_owned();
+        return shown;
+    };
+    shown.device_size = layer.header().device_size();
+    shown.bytes_here = layer.bytes_here();
+    let counters = layer.counters();
+    shown.bytes_by_source = [("peers", counters.peer), ("seeder", counters.seeder), ("registry", counters.registry)]
+        .map(|(source, values)| (source.to_owned(), values.wire_bytes))
+        .into();
+    let state = if let Some(reason) = layer.quarantine() {
+        shown.reason = reason;
+        api::LayerState::Quarantined
+    } else if !layers.mounts.is_attached(backing.chain_id) {
+        shown.reason = "it is not mounted; the log says why".to_owned();
+        api::LayerState::Broken
+    } else if layer.is_complete() {
+        api::LayerState::Complete
+    } else {
+        api::LayerState::Partial
+    };
+    shown.state = state.into();
+    shown
+}
