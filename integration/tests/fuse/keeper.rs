@@ -3,8 +3,12 @@
 use std::{
     ffi::CString,
     fs,
-    io::Read as _,
-    os::unix::net::UnixStream,
+    io::{IoSliceMut, Read as _},
+    mem::MaybeUninit,
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixDatagram, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -17,7 +21,10 @@ use layer::{
     tree::Tree,
 };
 use nix::sys::signal::{Signal, kill};
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::{
+    mount::{MountFlags, UnmountFlags},
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags},
+};
 use snapshotter::{
     fuse::mount,
     keeper::{Status, status},
@@ -54,9 +61,11 @@ fn readers_survive_kills_of_daemon_and_keeper() {
         } else {
             fixture.kill(before.keeper);
             eventually("there is another keeper", || fixture.status().is_some_and(|now| now.keeper != before.keeper));
-            assert_eq!(fixture.settled().daemon, before.daemon);
         }
         pauses.push(began.elapsed());
+        if turn % 2 == 1 {
+            assert_eq!(fixture.settled().daemon, before.daemon);
+        }
     }
     let (mut reads, mut stalls) = (0, Vec::new());
     for reader in readers {
@@ -177,6 +186,61 @@ fn a_mount_that_was_left_is_replaced() {
 }
 
 #[test]
+fn a_service_manager_carries_readers_over_a_stop_and_over_the_death_of_both() {
+    if !can_mount() {
+        return;
+    }
+    let mut fixture = Fixture::new();
+    let manager = Manager::new(fixture.directory());
+    let mut command = fixture.command("serve");
+    fixture.served.push(command.env("NOTIFY_SOCKET", &manager.path).spawn().unwrap());
+    fixture.settled();
+    let (fuse, listener) = manager.stored();
+    let reader = Reader::start(&fixture.device(1), 1, &["--count=0", "--direct", "--threads=3", "--length=20480"]);
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        let status = fixture.settled();
+        if signal == Signal::SIGKILL {
+            kill(pid(status.keeper), Signal::SIGSTOP).unwrap();
+            fixture.kill(status.daemon.unwrap());
+            fixture.kill(status.keeper);
+        } else {
+            kill(pid(status.keeper), signal).unwrap();
+        }
+        eventually("all processes are gone", || fixture.processes().is_empty());
+        assert!(mount::find(&fixture.directory().join("devices")).unwrap().is_some());
+        // What the manager does: descriptors from 3 on, with names, for this very process.
+        let script = "exec 3<&0 4>&1 </dev/null >&2; LISTEN_PID=$$ exec \"$0\" serve \"$1\"";
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, env!("CARGO_BIN_EXE_fuse_fixture")])
+            .arg(fixture.directory())
+            .envs([("LISTEN_FDS", "2"), ("LISTEN_FDNAMES", "drover-fuse:drover-listener")])
+            .env("NOTIFY_SOCKET", &manager.path)
+            .stdin(fuse.try_clone().unwrap())
+            .stdout(listener.try_clone().unwrap());
+        fixture.served.push(command.spawn().unwrap());
+        fixture.settled();
+        assert!(fixture.ask_service() > 0);
+    }
+    let outcome = reader.finish();
+    assert!(outcome.failed.is_empty() && outcome.wrong.is_empty() && outcome.reads > 100, "{outcome:?}");
+}
+
+#[test]
+fn a_lost_connection_is_mounted_anew() {
+    let Some(mut fixture) = Fixture::start() else { return };
+    for _ in 0..2 {
+        let before = fixture.settled();
+        rustix::mount::unmount(fixture.directory().join("devices"), UnmountFlags::empty()).unwrap();
+        eventually("there is another daemon", || fixture.status().is_some_and(|now| now.daemon != before.daemon));
+        let after = fixture.settled();
+        assert_eq!((after.keeper, after.generation), (before.keeper, 1));
+        Reader::start(&fixture.device(3), 3, &["--count=5"]).finish().is_clean(5);
+    }
+    fixture.stop();
+}
+
+#[test]
 fn the_keeper_is_small() {
     let Some(mut fixture) = Fixture::start() else { return };
     let status = fixture.settled();
@@ -214,10 +278,14 @@ impl Fixture {
     }
 
     fn spawn() -> Fixture {
-        let directory = tempfile::Builder::new().prefix("drover-fuse").tempdir().unwrap();
-        let mut fixture = Fixture { directory, served: Vec::new() };
+        let mut fixture = Fixture::new();
         fixture.serve();
         fixture
+    }
+
+    fn new() -> Fixture {
+        let directory = tempfile::Builder::new().prefix("drover-fuse").tempdir().unwrap();
+        Fixture { directory, served: Vec::new() }
     }
 
     fn serve(&mut self) {
@@ -295,7 +363,10 @@ impl Fixture {
     }
 
     /// All processes of this fixture but readers.
-    fn processes(&self) -> Vec<u32> {
+    fn processes(&mut self) -> Vec<u32> {
+        for child in &mut self.served {
+            let _ = child.try_wait();
+        }
         let mine = self.directory().to_str().unwrap();
         let command_line = |process: &u32| fs::read_to_string(format!("/proc/{process}/cmdline")).unwrap_or_default();
         fs::read_dir("/proc")
@@ -309,12 +380,7 @@ impl Fixture {
     fn stop(&mut self) {
         let status = self.settled();
         kill(pid(status.keeper), Signal::SIGTERM).unwrap();
-        eventually("all processes are gone", || {
-            for child in &mut self.served {
-                let _ = child.try_wait();
-            }
-            self.processes().is_empty()
-        });
+        eventually("all processes are gone", || self.processes().is_empty());
         assert_eq!(mount::find(&self.directory().join("devices")).unwrap(), None);
         assert!(!self.directory().join("service.sock").exists());
     }
@@ -332,12 +398,53 @@ impl Drop for Fixture {
             for process in processes {
                 let _ = kill(pid(process), Signal::SIGKILL);
             }
-            for child in &mut self.served {
-                let _ = child.try_wait();
-            }
         }
         let _ = rustix::mount::unmount(self.directory().join("erofs"), UnmountFlags::DETACH);
         let _ = mount::unmount(&self.directory().join("devices"));
+    }
+}
+
+/// As much of a service manager as keeps descriptors.
+struct Manager {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl Manager {
+    fn new(directory: &Path) -> Manager {
+        let path = directory.join("notify.sock");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        Manager { socket, path }
+    }
+
+    /// FUSE connection and listening socket, when readiness is told.
+    fn stored(&self) -> (OwnedFd, OwnedFd) {
+        let (mut fuse, mut listener) = (None, None);
+        loop {
+            let mut bytes = [0; 512];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let message = rustix::net::recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(&mut bytes)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )
+            .unwrap();
+            let text = std::str::from_utf8(&bytes[..message.bytes]).unwrap();
+            let fd = control.drain().find_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                _ => None,
+            });
+            if text.contains("FDNAME=drover-fuse") {
+                fuse = fd;
+            } else if text.contains("FDNAME=drover-listener") {
+                listener = fd;
+            } else if text.contains("READY=1") {
+                return (fuse.unwrap(), listener.unwrap());
+            }
+        }
     }
 }
 

@@ -129,7 +129,7 @@ impl MountLine {
 /// What is mounted on top of `mount_point`, which must be absolute and free of links.
 pub fn find(mount_point: &Path) -> io::Result<Option<MountLine>> {
     let lines = fs::read("/proc/self/mountinfo")?;
-    Ok(lines.split(|byte| *byte == b'\n').filter_map(parse).filter(|line| line.mount_point == mount_point).next_back())
+    Ok(lines.split(|byte| *byte == b'\n').filter_map(parse).rfind(|line| line.mount_point == mount_point))
 }
 
 fn parse(line: &[u8]) -> Option<MountLine> {
