@@ -18,13 +18,8 @@ use crate::inflate::{GzipReader, InflateError, Stop, WindowProbe};
 use crate::tar::{self, TarError};
 use crate::tree::DEVICE_SIZE_MAX;
 
-/// Device bytes after which a span ends at the next deflate block: read latency against index size (measured: 4 MiB inflate in
-/// 6 to 8 ms, and their windows are below 1 % of the blob).
+/// Default of [`Options::span_len`]: read latency against index size. Measured: 4 MiB inflate in 6 to 8 ms.
 pub const SPAN_LEN: u64 = 4 << 20;
-
-/// Device bytes after which a span ends at the next member: that checkpoint costs nothing, but an eStargz blob has a member
-/// for each file.
-pub const SPAN_LEN_AT_MEMBER: u64 = 2 << 20;
 
 /// Bytes that decide a blob's compression.
 const MAGIC_LEN: usize = 4;
@@ -37,6 +32,9 @@ pub type ChunkFn<'a> = dyn FnMut(ChunkIndex, &[u8], ChunkDigest) + 'a;
 pub struct Options {
     /// log2 of the chunk size; within [`CHUNK_LOG2_RANGE`](crate::chunk::CHUNK_LOG2_RANGE).
     pub chunk_log2: u8,
+    /// Device bytes after which a span ends at the next deflate block. It ends at the next gzip member after half of it: such
+    /// a checkpoint costs nothing, but an eStargz blob has a member for each file. At least 2.
+    pub span_len: u64,
     /// Largest device to accept, in bytes: the bound for a blob that inflates without end.
     pub device_size_max: u64,
     /// Bounds of the entries.
@@ -44,9 +42,15 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 128 KiB chunks, and the largest layer that can be mounted.
+    /// 128 KiB chunks, spans of 4 MiB, and the largest layer that can be mounted. Indexes of one blob are only equal if they
+    /// were made with the same options, so everybody uses these; others are for tests.
     fn default() -> Self {
-        Self { chunk_log2: CHUNK_LOG2, device_size_max: DEVICE_SIZE_MAX, limits: tar::Limits::default() }
+        Self {
+            chunk_log2: CHUNK_LOG2,
+            span_len: SPAN_LEN,
+            device_size_max: DEVICE_SIZE_MAX,
+            limits: tar::Limits::default(),
+        }
     }
 }
 
@@ -139,7 +143,7 @@ impl Ingest {
             options,
             decoder: Decoder::Detecting(Vec::new()),
             device: Device::new(geometry.chunk_size() as usize, options.limits),
-            spans: SpanStarts::new(),
+            spans: SpanStarts::new(options.span_len),
             failure: None,
         };
         if let Some(compression) = compression {
@@ -350,12 +354,13 @@ fn inflate(
 /// Chooses among the places where a span can start.
 struct SpanStarts {
     encoder: SpansEncoder,
+    span_len: u64,
     /// Where the newest span starts.
     last: Option<Place>,
     /// A start that counts once output follows it, so that no span is empty.
     candidate: Option<Start>,
-    /// The newest span's start, not encoded yet: its window is still probed.
-    probing: Option<Start>,
+    /// The newest span's start, not encoded yet: which part of its window it needs is known at its end.
+    newest: Option<Start>,
     /// A probe to use again.
     idle_probe: Option<Box<WindowProbe>>,
     /// A span is beyond what an index may hold.
@@ -375,12 +380,13 @@ struct Start {
 }
 
 impl SpanStarts {
-    fn new() -> Self {
+    fn new(span_len: u64) -> Self {
         Self {
             encoder: SpansEncoder::new(),
+            span_len: span_len.max(2),
             last: None,
             candidate: None,
-            probing: None,
+            newest: None,
             idle_probe: None,
             oversized: false,
         }
@@ -389,14 +395,14 @@ impl SpanStarts {
     /// How much output may come in one go before block boundaries matter; 0: they matter now. Members always do.
     fn free_run(&self, device: u64) -> u64 {
         let newest = self.candidate.as_ref().map(|candidate| candidate.place).or(self.last);
-        newest.map_or(0, |newest| (newest.device + SPAN_LEN - 1).saturating_sub(device))
+        newest.map_or(0, |newest| (newest.device + self.span_len - 1).saturating_sub(device))
     }
 
     /// A member could start at `place`, and a span with it. The last one in front of the same byte of the device wins, also
     /// against blocks: it needs no window and leaves the fewest blob bytes to the span.
     fn member(&mut self, place: Place) {
         // The first span starts at the blob's start, also where empty members come first.
-        if self.last.is_some_and(|last| place.device - last.device >= SPAN_LEN_AT_MEMBER) {
+        if self.last.is_some_and(|last| place.device - last.device >= self.span_len / 2) {
             self.replace_candidate(Start { place, block: None });
         }
     }
@@ -404,7 +410,7 @@ impl SpanStarts {
     /// A block starts at `place`. The first one in front of the same byte of the device wins: following windows through a
     /// million empty blocks would cost too much.
     fn block(&mut self, place: Place, bits: u8, first: u8, window: &[u8]) {
-        if self.candidate.is_none() && self.last.is_some_and(|last| place.device - last.device >= SPAN_LEN) {
+        if self.candidate.is_none() && self.last.is_some_and(|last| place.device - last.device >= self.span_len) {
             let mut probe = self.idle_probe.take().unwrap_or_else(|| Box::new(WindowProbe::new()));
             probe.start(bits, first, window);
             self.replace_candidate(Start { place, block: Some((bits, probe)) });
@@ -413,13 +419,9 @@ impl SpanStarts {
 
     /// The decoder has consumed more bytes of the blob.
     fn consumed(&mut self, input: &[u8]) {
-        if let Some(Start { block: Some((_, probe)), .. }) = &mut self.candidate {
-            probe.push(input);
-        }
-        if let Some(Start { block: Some((_, probe)), .. }) = &mut self.probing {
-            probe.push(input);
-            if probe.is_done() {
-                self.encode_probed();
+        for start in [&mut self.candidate, &mut self.newest] {
+            if let Some(Start { block: Some((_, probe)), .. }) = start {
+                probe.push(input);
             }
         }
     }
@@ -427,24 +429,23 @@ impl SpanStarts {
     /// The device has reached a length: a candidate that has output behind it becomes a span.
     fn reached(&mut self, device: u64) {
         if let Some(start) = self.candidate.take_if(|candidate| candidate.place.device < device) {
-            self.encode_probed();
-            self.ended(start.place);
+            self.encode_newest(start.place);
             self.last = Some(start.place);
-            let at_member = start.block.is_none();
-            self.probing = Some(start);
-            if at_member {
-                self.encode_probed();
-            }
+            self.newest = Some(start);
         }
     }
 
-    /// Records the newest span with what is known of its window: all that is needed once the probe is done, or the blob.
-    fn encode_probed(&mut self) {
-        let Some(Start { place, block }) = self.probing.take() else { return };
+    /// Records the newest span, now that its end is known. The decoder has given all output up to there, and so has the probe,
+    /// whatever more it was given.
+    fn encode_newest(&mut self, end: Place) {
+        let Some(Start { place, block }) = self.newest.take() else { return };
+        let device_len = end.device - place.device;
+        // One more for the byte that two spans share.
+        self.oversized |= end.blob - place.blob + 1 > SPAN_BLOB_MAX || device_len > SPAN_DEVICE_MAX;
         match block {
             None => self.encoder.push(place.blob, place.device, EncodedStart::Member),
             Some((bits, probe)) => {
-                let window = probe.sparse_window();
+                let window = probe.sparse_window(device_len);
                 self.encoder.push(place.blob, place.device, EncodedStart::Deflate { bits, window: &window });
                 self.idle_probe = Some(probe);
             }
@@ -462,26 +463,17 @@ impl SpanStarts {
         let mut start = 0;
         while start < size {
             self.encoder.push(start, start, EncodedStart::Plain);
-            self.last = Some(Place { blob: start, device: start });
-            start += SPAN_LEN;
+            start += self.span_len;
         }
     }
 
     /// The encoded section and its number of spans.
     fn finish(mut self, blob_size: u64, device_size: u64) -> Result<(Vec<u8>, u32), &'static str> {
-        self.encode_probed();
-        self.ended(Place { blob: blob_size, device: device_size });
+        self.encode_newest(Place { blob: blob_size, device: device_size });
         if self.oversized {
             return Err("its compressed blocks are too large for random access");
         }
         Ok(self.encoder.finish())
-    }
-
-    fn ended(&mut self, end: Place) {
-        if let Some(last) = self.last {
-            // One more for the byte that two spans share.
-            self.oversized |= end.blob - last.blob + 1 > SPAN_BLOB_MAX || end.device - last.device > SPAN_DEVICE_MAX;
-        }
     }
 }
 

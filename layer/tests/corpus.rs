@@ -8,7 +8,8 @@ mod blobs;
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
-use blobs::{bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest, tar};
+use blobs::{bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest_in, tar};
+use layer::ingest::Options;
 
 fn corpus(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
@@ -61,12 +62,14 @@ fn write_seeds() {
     write("gzip", "stored", &[&[99], &gzip(&small, 0)]);
     write("gzip", "members", &[&[9], &gzip_members(&device, 1000, 6)]);
     write("gzip", "flushed", &[&[9], &gzip_flushed(&device, 300, 6)]);
-    write("gzip", "spans", &[&[255], &gzip_flushed(&tar(&[vec![0; 7 << 20]]), 1 << 20, 9)]);
+    write("gzip", "spans", &[&[255], &gzip_flushed(&tar(&[bytes(1, 500, 90).repeat(20)]), 700, 9)]);
     write("gzip", "junk", &[&[99], &gzip(&small, 6), &[0; 20]]);
     write("tar", "device", &[&[99], &device]);
     write("tar", "small", &[&[255], &small]);
 
-    let index = ingest(&gzip_flushed(&tar(&[vec![0; 7 << 20]]), 1 << 20, 9)).expect("good blob");
+    let options = Options { span_len: 1000, ..Options::default() };
+    let blob = gzip_flushed(&tar(&[bytes(1, 500, 90).repeat(20)]), 700, 9);
+    let (index, _) = ingest_in(&blob, blob.len(), None, options).expect("good blob");
     write("index", "header", &[&[0], &index.header.encode()]);
     let plain = unpack(&index.entries, index.header.section(layer::index::Section::Entries).plain_size);
     let count = (index.header.entry_count() as u16).to_le_bytes();

@@ -11,14 +11,15 @@ use layer::wire::{Decoder, Encoder, FrameReader};
 use layer::{ChunkDigest, ChunkIndex, Digest, Geometry, span};
 
 /// Device bytes that a target inflates at most.
-const DEVICE_MAX: u64 = 8 << 20;
+const DEVICE_MAX: u64 = 1 << 20;
 
 /// Input: how long the pushes are, then a blob. Its index is the same for every cut, and each span gives the device's bytes.
 pub fn gzip(input: &[u8]) {
     let Some((push_len, blob)) = input.split_first() else { return };
     let (whole, device) = ingest(blob, blob.len().max(1), None);
     let (again, _) = ingest(blob, usize::from(*push_len) + 1, None);
-    assert_eq!(whole, again);
+    // Only where the fault was seen may differ.
+    assert_eq!(whole.clone().ok(), again.ok());
     let Ok(index) = whole else { return };
     assert_eq!(index.header.diff_id(), Digest::of(&device));
     let header = Header::parse(&index.header.encode()).expect("own header");
@@ -117,8 +118,10 @@ pub fn wire(input: &[u8]) {
 }
 
 fn ingest(blob: &[u8], push_len: usize, compression: Option<Compression>) -> (Result<Index, IngestError>, Vec<u8>) {
+    // Short spans, so that small inputs have many.
     let options = Options {
         chunk_log2: 12,
+        span_len: 1000,
         device_size_max: DEVICE_MAX,
         limits: Limits { entries: 10_000, metadata_bytes: 1 << 22 },
     };

@@ -2,7 +2,7 @@
 
 use super::InflateError;
 use super::member::{MemberHeader, Parsed};
-use super::sys::{At, DataError, RawInflate};
+use super::sys::{At, RawInflate};
 
 /// Reads the members of a gzip blob one after the other. The trailers' lengths are checked; their CRC-32 is not, because the
 /// blob's digest, the diffID and the chunk digests prove more.
@@ -114,7 +114,7 @@ impl GzipReader {
                     let progress = self
                         .raw
                         .inflate(rest, room, stop_at_blocks)
-                        .map_err(|DataError| InflateError::Deflate { offset: self.blob_offset })?;
+                        .map_err(|error| InflateError::Deflate { offset: self.blob_offset + error.consumed as u64 })?;
                     consumed += progress.consumed;
                     produced += progress.produced;
                     if let Some(last) = progress.consumed.checked_sub(1).and_then(|last| rest.get(last)) {

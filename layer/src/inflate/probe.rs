@@ -44,16 +44,12 @@ impl WindowProbe {
         self.high.push(input);
     }
 
-    /// Whether no more bytes are needed.
-    pub(crate) fn is_done(&self) -> bool {
-        self.low.done && self.high.done
-    }
-
-    /// The window with zeros where the output so far does not refer to it, from the first byte that it refers to.
-    pub(crate) fn sparse_window(&self) -> Vec<u8> {
+    /// The window with zeros where the first `len` bytes of output do not refer to it, from the first byte that they refer to.
+    pub(crate) fn sparse_window(&self, len: u64) -> Vec<u8> {
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
         let mut sparse = vec![0; self.window.len()];
         let mut first_used = sparse.len();
-        for (low, high) in self.low.output().iter().zip(self.high.output()) {
+        for (low, high) in self.low.output().iter().zip(self.high.output()).take(len) {
             if low != high {
                 let position = usize::from(*low) | usize::from(high & 0x7f) << 8;
                 if let (Some(to), Some(from)) = (sparse.get_mut(position), self.window.get(position)) {

@@ -49,7 +49,10 @@ pub(crate) enum At {
 
 /// The input is not deflate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct DataError;
+pub(crate) struct DataError {
+    /// How much of the input was read when it was seen; depends on how the input was cut.
+    pub(crate) consumed: usize,
+}
 
 impl RawInflate {
     pub(crate) fn new() -> Self {
@@ -117,7 +120,7 @@ impl RawInflate {
                 let bits_unused = (data_type & BITS_UNUSED) as u8;
                 // The decoder gives whole bytes back (zlib.h, inflate: "data_type is set to the number of unused bits").
                 if bits_unused > 7 {
-                    return Err(DataError);
+                    return Err(DataError { consumed });
                 }
                 At::Block { bits_unused }
             }
@@ -126,7 +129,7 @@ impl RawInflate {
             // Raw deflate never needs a dictionary, and the arguments cannot be wrong.
             code => {
                 debug_assert_eq!(code, Z_DATA_ERROR);
-                return Err(DataError);
+                return Err(DataError { consumed });
             }
         };
         Ok(Progress { consumed, produced, at })
