@@ -68,6 +68,15 @@ impl<'a> Frame<'a> {
         Some((if plain { Self::Plain(body) } else { Self::Packed(body) }, rest))
     }
 
+    /// Bytes that the frame claims to decode to; `None` where it does not say. For who does not know the length of the chunk
+    /// yet: the claim is untrusted, so bound it before use.
+    pub fn claimed_len(&self) -> Option<u64> {
+        match self {
+            Self::Plain(body) => Some(body.len() as u64),
+            Self::Packed(body) => zstd_safe::get_frame_content_size(body).ok().flatten(),
+        }
+    }
+
     /// Bytes of the frame with its prefix.
     pub const fn wire_len(&self) -> usize {
         match self {
@@ -323,6 +332,7 @@ mod tests {
         let mut wire = Vec::new();
         Encoder::new().encode(&[7; 4096], &mut wire);
         let (frame, _) = Frame::split(&wire).unwrap();
+        assert_eq!(frame.claimed_len(), Some(4096));
         for expected in [0, 4095, 4097] {
             let error = Decoder::new().decode(frame, expected, &mut Vec::new());
             assert_eq!(error, Err(FrameError::Broken { expected }));

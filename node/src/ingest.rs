@@ -19,13 +19,14 @@ pub mod store;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use layer::index::statement;
 use layer::{Digest, ingest as layer_ingest};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 
 use self::encode::EncodePool;
 use self::frames::Frames;
@@ -47,6 +48,8 @@ const TRIES_MAX: u32 = 5;
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// The longest rest of a registry that a download sits out.
 const REST_MAX: Duration = Duration::from_secs(30);
+/// How often a waiting ingest tells that others move.
+const TELL_WAITING: Duration = Duration::from_millis(500);
 /// The most ingests that wait or run.
 const FLIGHTS_MAX: usize = 4096;
 
@@ -85,6 +88,8 @@ pub struct Progress {
     pub blob_size: u64,
     /// Bytes of the device that came of them.
     pub device_read: u64,
+    /// While it waits for its turn: bytes of blobs that came for others.
+    pub ahead_read: u64,
 }
 
 /// Where an ingest stands.
@@ -141,6 +146,8 @@ struct Shared {
     encode: EncodePool,
     /// Permits to run an ingest.
     turns: Semaphore,
+    /// Bytes of blobs that came, of all ingests.
+    read: AtomicU64,
     /// Permits to make chunks again from a blob.
     refills: Semaphore,
     flights: Mutex<HashMap<Digest, Arc<Flight>>>,
@@ -183,6 +190,7 @@ impl Ingester {
             options,
             encode: EncodePool::new(options.encode_threads)?,
             turns: Semaphore::new(options.concurrent.max(1)),
+            read: AtomicU64::new(0),
             refills: Semaphore::new(options.encode_threads.max(1)),
             flights: Mutex::default(),
             layers: tokio::sync::Mutex::default(),
@@ -279,7 +287,7 @@ impl Ingester {
 
     /// Runs one ingest to its end and tells it everyone.
     async fn fly(self, blob: BlobRef, flight: Arc<Flight>) {
-        let _turn = self.shared.turns.acquire().await;
+        let _turn = self.turn(&flight).await;
         let started = Instant::now();
         tracing::info!(%blob, size = blob.size, "ingest starts");
         let end = match self.ingest(&blob, &flight).await {
@@ -307,6 +315,23 @@ impl Ingester {
         flight.phase.send_replace(end);
         if is_known {
             self.shared.flights.lock().remove(&blob.digest);
+        }
+    }
+
+    /// Waits for a turn. Who waits for this flight sees that others move meanwhile.
+    async fn turn(&self, flight: &Flight) -> Option<SemaphorePermit<'_>> {
+        let mut turn = std::pin::pin!(self.shared.turns.acquire());
+        loop {
+            match tokio::time::timeout(TELL_WAITING, turn.as_mut()).await {
+                Ok(turn) => return turn.ok(),
+                Err(_) => {
+                    let read = self.shared.read.load(Ordering::Relaxed);
+                    flight.phase.send_if_modified(|phase| match phase {
+                        Phase::Running(progress) => std::mem::replace(&mut progress.ahead_read, read) != read,
+                        _ => false,
+                    });
+                }
+            }
         }
     }
 
@@ -438,6 +463,7 @@ impl Ingester {
         }
         while let Some(bytes) = body.next().await? {
             *at += bytes.len() as u64;
+            self.shared.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
             if *at > max {
                 return Err(too_large());
             }

@@ -1,331 +1,447 @@
-//! Making a layer known: from its blob's digest to a [`Layer`] that can be mounted.
-//!
-//! A layer that is on this machine needs no network. One that a seeder knows needs its index. One that nobody knows is
-//! ingested by the seeder while its chunks flow here: they are written as they come, and count as *had* only once the
-//! signed index, which comes last, names their digests ([`crate::node::Incoming`]).
+//! From a blob to a layer that can be read: the index from a seeder, and the chunks while the seeder ingests.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use layer::index::{Header, Section, Spans, statement};
-use layer::wire::Decoder;
+use layer::index::{Header, IndexError, Section, Spans, check_section, statement};
+use layer::wire::{Decoder, Frame};
 use layer::{ChunkIndex, Digest};
-use tokio::sync::{Mutex, Semaphore, watch};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::{AbortHandle, JoinHandle};
 
 use crate::config::{RegistriesConfig, SeederAddresses};
-pub use crate::ingest::Progress;
 use crate::layer::Layer;
-use crate::node::{Incoming, Node};
 use crate::registry::{self, RegistrySource, SpansProvider};
-use crate::security::{Security, Signed, TrustError, Verifier};
-use crate::seeder::{self, Event, SeederError, SeederSource};
+use crate::security::{Security, TrustError, Verifier};
+use crate::seeder::client::Follow;
+use crate::seeder::{self, Event, Resolution, SeederError, SeederSource};
 use crate::source::{BlobRef, BoxFuture};
 use crate::store::{LayerParts, StoreError};
+use crate::{Incoming, Node};
 
-/// Layers that are made known at the same time; more wait. Each holds a connection and a few chunks. Chosen: an image's layers
-/// go in parallel, and so do those of several images.
-const PARALLEL_MAX: usize = 64;
+/// Resolves that run at the same time; the layers of a few images.
+const CONCURRENT: usize = 64;
+/// Sections that are fetched in the background at the same time.
+const BACKGROUND: usize = 2;
+/// Tries to get a spans section in the background; the pause before each is twice the last, from a second on.
+const SPANS_TRIES: u32 = 6;
+/// Time for the last chunks to come once the seeder has finished. The rest is read lazily, so a node on a slow line does
+/// not wait for bytes that nobody asked for.
+const FOLLOW_GRACE: Duration = Duration::from_millis(250);
+/// Frames between the network and the disk.
+const FRAMES_MAX: usize = 32;
 
-/// How long a follow may last once the seeder has said that the index is complete: what is missing then is fetched as any chunk is.
-const LAST_BYTES: Duration = Duration::from_secs(30);
+/// How far a resolve is. It only changes when bytes moved somewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that this node received: chunks and index sections.
+    pub received: u64,
+    /// Bytes of the blob that the seeder read, with those of others while the layer waits for its turn.
+    pub ingested: u64,
+    /// Size of the blob; 0 while unknown.
+    pub blob_size: u64,
+}
 
-/// Why a layer is not known. It can then not be lazy.
+/// Why a layer cannot be lazy, now or at all.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
-    /// No seeder gave it.
+    /// No seeder can be asked.
+    #[error("no seeder can be asked: {0}")]
+    NoSeeder(SeederError),
+    /// A seeder was asked and failed.
     #[error(transparent)]
-    Seeder(#[from] SeederError),
-    /// The layer was read to its end and cannot be lazy.
+    Seeder(SeederError),
+    /// The layer was read and is of a kind that cannot be lazy.
     #[error("the layer cannot be lazy: {0}")]
     Unsupported(String),
-    /// The index is not to be believed.
-    #[error("seeder {seeder}: {error}")]
+    /// Nobody who may has signed the index.
+    #[error("the index from seeder {seeder} is not believed: {source}")]
     Untrusted {
         /// Who sent it.
         seeder: String,
-        /// What is wrong with it.
-        error: TrustError,
+        /// Why not.
+        source: TrustError,
     },
-    /// The index is of another blob.
-    #[error("seeder {seeder} sent the index of {got} for {want}")]
-    WrongBlob {
+    /// The index is not what its signature says.
+    #[error("the index from seeder {seeder}: {source}")]
+    Index {
         /// Who sent it.
         seeder: String,
-        /// What its header names.
-        got: Digest,
-        /// What was asked for.
-        want: Digest,
+        /// What is wrong.
+        source: IndexError,
     },
-    /// The seeder ended without an answer.
-    #[error("seeder {0} ended its answer without an index")]
-    NoAnswer(String),
-    /// The store did not take it.
+    /// This node's disk failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A chunk could not be written.
-    #[error("cannot write a chunk: {0}")]
-    Write(#[from] std::io::Error),
 }
 
-/// Makes layers known and gives them their sources.
-#[derive(Clone)]
+impl From<SeederError> for ResolveError {
+    fn from(error: SeederError) -> Self {
+        match error {
+            SeederError::None(_) | SeederError::Unreachable { .. } | SeederError::Untrusted { .. } => {
+                Self::NoSeeder(error)
+            }
+            other => Self::Seeder(other),
+        }
+    }
+}
+
+/// Makes layers known to a node, and gives them their sources.
 pub struct Resolver {
     node: Arc<Node>,
-    seeders: seeder::Client,
-    registries: registry::Client,
-    verifier: Verifier,
     has_seeders: bool,
-    slots: Arc<Semaphore>,
+    seeders: seeder::Client,
+    registry: registry::Client,
+    verifier: Verifier,
+    running: Semaphore,
+    background: Arc<Semaphore>,
+    /// One resolve per blob at a time.
+    blobs: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+/// Time limits of a [`Resolver`] and of the sources that it adds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Towards seeders.
+    pub seeder: seeder::Options,
+    /// Towards registries.
+    pub registry: registry::Options,
 }
 
 impl std::fmt::Debug for Resolver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Resolver").finish_non_exhaustive()
+        f.debug_struct("Resolver").field("seeders", &self.seeders).finish_non_exhaustive()
     }
 }
 
 impl Resolver {
-    /// A resolver for `node`; no network is used yet.
+    /// A resolver for `node` with the default time limits; no network is used yet.
     pub fn new(node: Arc<Node>, seeders: &SeederAddresses, security: &Security, registries: &RegistriesConfig) -> Self {
+        Self::with_options(node, seeders, security, registries, Options::default())
+    }
+
+    /// The same with other time limits.
+    pub fn with_options(
+        node: Arc<Node>,
+        seeders: &SeederAddresses,
+        security: &Security,
+        registries: &RegistriesConfig,
+        options: Options,
+    ) -> Self {
         Self {
             node,
-            seeders: seeder::Client::new(seeders, security.clone(), seeder::Options::default()),
-            registries: registry::Client::new(registries.clone(), registry::Options::default()),
-            verifier: security.verifier(),
             has_seeders: !seeders.is_empty(),
-            slots: Arc::new(Semaphore::new(PARALLEL_MAX)),
+            seeders: seeder::Client::new(seeders, security.clone(), options.seeder),
+            registry: registry::Client::new(registries.clone(), options.registry),
+            verifier: security.verifier(),
+            running: Semaphore::new(CONCURRENT),
+            background: Arc::new(Semaphore::new(BACKGROUND)),
+            blobs: Mutex::default(),
         }
     }
 
-    /// Makes the layer of `blob` known and says in `progress` how far the seeder is. The caller sees to it that a blob is
-    /// resolved once at a time. Every step fails when nothing moves for the seeder client's stall limit.
+    /// Gives the layer of `blob` with its sources: at once where it is local, after its index came where a seeder knows it,
+    /// else when the seeder has ingested it; chunks flow to this node meanwhile. Fails within the seeder's stall limit
+    /// once nothing moves. One resolve of a blob runs at a time; others wait for it.
     pub async fn resolve(&self, blob: &BlobRef, progress: watch::Sender<Progress>) -> Result<Arc<Layer>, ResolveError> {
-        if let Some(layer) = self.node.layer_by_blob(blob.digest).filter(|layer| layer.quarantine().is_none()) {
+        let gate = self.gate(blob.digest);
+        let _one = gate.lock().await;
+        if let Some(layer) = self.local(blob.digest) {
             self.add_sources(&layer, blob);
             return Ok(layer);
         }
-        let Ok(_slot) = self.slots.acquire().await else {
-            return Err(ResolveError::NoAnswer("(closed)".into()));
-        };
+        let _running = self.running.acquire().await;
         let mut resolution = self.seeders.resolve(blob).await?;
-        let mut follow: Option<tokio::task::JoinHandle<Follow>> = None;
-        let stop_following = StopOnDrop::default();
+        let mut following: Option<Following> = None;
         let (header, signed) = loop {
-            match resolution.next().await? {
-                Some(Event::Progress(seen)) => {
-                    progress.send_replace(seen);
-                    if follow.is_none() {
-                        let stream = resolution.follow().await?;
-                        let incoming = self.node.incoming(blob.digest, stream.chunk_log2())?;
-                        let task = tokio::spawn(take_chunks(stream, incoming, progress.clone()));
-                        stop_following.watch(&task);
-                        follow = Some(task);
+            let event = resolution.next().await?;
+            match event.ok_or_else(|| resolution.ended_early())? {
+                Event::Ready { header, signed } => break (header, signed),
+                Event::Unsupported(reason) => return Err(ResolveError::Unsupported(reason)),
+                Event::Progress(seen) => {
+                    tell(&progress, |progress| {
+                        progress.ingested = seen.blob_read.saturating_add(seen.ahead_read).max(progress.ingested);
+                        progress.blob_size = seen.blob_size;
+                    });
+                    if following.is_none() {
+                        following = self.follow(&resolution, blob.digest, &progress).await?;
                     }
                 }
-                Some(Event::Ready { header, signed }) => break (header, signed),
-                Some(Event::Unsupported(reason)) => return Err(ResolveError::Unsupported(reason)),
-                None => return Err(ResolveError::NoAnswer(resolution.seeder().to_owned())),
             }
         };
-        let seeder = resolution.seeder().to_owned();
-        if header.blob() != blob.digest {
-            return Err(ResolveError::WrongBlob { seeder, got: header.blob(), want: blob.digest });
-        }
-        let verified = self.verifier.verify(&statement(&header), &signed);
-        verified.map_err(|error| ResolveError::Untrusted { seeder, error })?;
+        let seeder = || resolution.seeder().to_owned();
+        self.verifier
+            .verify(&statement(&header), &signed)
+            .map_err(|source| ResolveError::Untrusted { seeder: seeder(), source })?;
         let (entries, chunk_digests) = tokio::try_join!(
-            resolution.section(&header, Section::Entries),
-            resolution.section(&header, Section::ChunkDigests)
+            self.section(&resolution, &header, Section::Entries, &progress),
+            self.section(&resolution, &header, Section::ChunkDigests, &progress),
         )?;
-        let parts =
-            LayerParts { header: *header, signature: encode_signed(&signed), entries, chunk_digests, spans: None };
-        let layer = match follow {
-            None => self.insert(parts).await?,
-            Some(task) => self.adopt(task, parts).await?,
+        let parts = LayerParts { header: *header, signature: signed.encode(), entries, chunk_digests, spans: None };
+        let incoming = match following {
+            Some(following) => following.finish().await,
+            None => None,
         };
+        let layer = self.insert(parts, incoming).await?;
         self.add_sources(&layer, blob);
         Ok(layer)
     }
 
-    /// Gives a layer its sources. Those that it has already are replaced by equal ones.
+    /// Lets `layer`, whose blob is `blob`, fetch from the seeders and the registry. Uses no network itself, but fetches the
+    /// spans section in the background if it is not here yet: with it the registry can stand in for the seeders.
     pub fn add_sources(&self, layer: &Arc<Layer>, blob: &BlobRef) {
         let geometry = layer.geometry();
         if self.has_seeders {
-            layer.add_source(Arc::new(SeederSource::new(self.seeders.clone(), blob.digest, geometry)));
+            let source = SeederSource::new(self.seeders.clone(), layer.header().blob(), geometry);
+            layer.add_source(Arc::new(source));
         }
-        let spans = LayerSpans {
-            layer: Arc::downgrade(layer),
-            seeders: self.has_seeders.then(|| self.seeders.clone()),
-            spans: Mutex::default(),
+        let spans = LayerSpans { layer: Arc::downgrade(layer), seeders: self.seeders.clone(), loaded: Arc::default() };
+        let registry = {
+            let (client, blob) = (self.registry.clone(), blob.clone());
+            move |spans: LayerSpans| RegistrySource::new(client, blob, geometry, spans)
         };
-        let spans = Arc::new(spans);
-        layer.add_source(Arc::new(RegistrySource::new(
-            self.registries.clone(),
-            blob.clone(),
-            geometry,
-            SharedSpans(spans.clone()),
-        )));
-        if self.has_seeders && !layer.is_complete() {
-            // So that the registry can be read without the seeder, the spans must be here before it is gone.
+        layer.add_source(Arc::new(registry.clone()(spans.clone())));
+        if !layer.is_complete() {
+            let background = Arc::clone(&self.background);
             tokio::spawn(async move {
-                if let Err(reason) = spans.store().await {
-                    tracing::debug!(reason, "the spans of a layer did not come; they are asked for again when needed");
+                // Once the spans are known the registry is asked for whole ones.
+                if let Some((layer, parsed)) = spans.fetch(&background).await {
+                    layer.add_source(Arc::new(registry(spans).with_units(&parsed)));
                 }
             });
         }
     }
 
-    async fn insert(&self, parts: LayerParts) -> Result<Arc<Layer>, ResolveError> {
-        let node = self.node.clone();
-        Ok(blocking(move || node.insert(&parts)).await??)
+    fn local(&self, blob: Digest) -> Option<Arc<Layer>> {
+        self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none())
     }
 
-    async fn adopt(
-        &self,
-        follow: tokio::task::JoinHandle<Follow>,
-        parts: LayerParts,
-    ) -> Result<Arc<Layer>, ResolveError> {
-        let followed = tokio::time::timeout(LAST_BYTES, follow).await;
-        // Without its stream the layer starts empty and is read like any other.
-        let Ok(Ok(Follow { incoming, last, ended })) = followed else {
-            return self.insert(parts).await;
-        };
-        if let Err(error) = ended {
-            tracing::warn!(blob = %parts.header.blob(), %error, "the chunks of a new layer did not all come; the rest is fetched");
+    fn gate(&self, blob: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut blobs = self.blobs.lock();
+        if let Some(gate) = blobs.get(&blob).and_then(Weak::upgrade) {
+            return gate;
         }
-        let node = self.node.clone();
-        let adopted = blocking(move || {
-            let geometry = parts.header.geometry();
-            if let Some((chunk, frame)) = last
-                && let Some((frame, _)) = layer::wire::Frame::split(&frame)
-            {
-                let mut plain = Vec::new();
-                if Decoder::new().decode(frame, geometry.chunk_len(chunk), &mut plain).is_ok() {
-                    incoming.write(chunk, &plain)?;
+        blobs.retain(|_, gate| gate.strong_count() > 0);
+        let gate = Arc::default();
+        blobs.insert(blob, Arc::downgrade(&gate));
+        gate
+    }
+
+    /// Begins to take the chunks that the seeder makes; `None` while the layer waits for its turn there, or where it cannot
+    /// be: the chunks are then fetched when they are read.
+    async fn follow(
+        &self,
+        resolution: &Resolution,
+        blob: Digest,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Option<Following>, ResolveError> {
+        let follow = match resolution.follow().await {
+            Ok(follow) => follow,
+            Err(error) => {
+                tracing::debug!(%blob, %error, "the ingest is not followed yet");
+                return Ok(None);
+            }
+        };
+        let (node, chunk_log2) = (Arc::clone(&self.node), follow.chunk_log2());
+        let incoming = blocking(move || node.incoming(blob, chunk_log2)).await?;
+        Ok(Some(Following::start(follow, incoming, progress.clone())))
+    }
+
+    async fn section(
+        &self,
+        resolution: &Resolution,
+        header: &Header,
+        section: Section,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<Vec<u8>, ResolveError> {
+        let bytes = resolution.section(header, section).await?;
+        check_section(header, section, &bytes)
+            .map_err(|source| ResolveError::Index { seeder: resolution.seeder().to_owned(), source })?;
+        tell(progress, |progress| progress.received += bytes.len() as u64);
+        Ok(bytes)
+    }
+
+    async fn insert(&self, parts: LayerParts, incoming: Option<Arc<Incoming>>) -> Result<Arc<Layer>, ResolveError> {
+        let node = Arc::clone(&self.node);
+        let inserted = blocking(move || match incoming {
+            Some(incoming) => node.adopt(&incoming, &parts),
+            None => node.insert(&parts),
+        });
+        Ok(inserted.await?)
+    }
+}
+
+/// Takes the chunks of an ingest under way.
+struct Following {
+    network: JoinHandle<Result<(), SeederError>>,
+    disk: JoinHandle<()>,
+    incoming: Arc<Incoming>,
+    _abort: AbortOnDrop,
+}
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+struct ReceivedFrame {
+    chunk: ChunkIndex,
+    is_plain: bool,
+    body: Vec<u8>,
+}
+
+impl Following {
+    fn start(mut follow: Follow, incoming: Arc<Incoming>, progress: watch::Sender<Progress>) -> Self {
+        let (sender, frames) = mpsc::channel(FRAMES_MAX);
+        let chunk_len = 1 << follow.chunk_log2();
+        let network = tokio::spawn(async move {
+            while let Some((chunk, frame)) = follow.next().await? {
+                let (is_plain, body) = match frame {
+                    Frame::Plain(body) => (true, body.to_vec()),
+                    Frame::Packed(body) => (false, body.to_vec()),
+                };
+                tell(&progress, |progress| progress.received += body.len() as u64);
+                if sender.send(ReceivedFrame { chunk, is_plain, body }).await.is_err() {
+                    break;
                 }
             }
-            Ok::<_, ResolveError>(node.adopt(&incoming, &parts)?)
+            Ok(())
         });
-        adopted.await?
+        let place = Arc::clone(&incoming);
+        let disk = tokio::task::spawn_blocking(move || write_frames(frames, &place, chunk_len));
+        let abort = AbortOnDrop(network.abort_handle());
+        Self { network, disk, incoming, _abort: abort }
     }
-}
 
-/// What a followed ingest has brought.
-struct Follow {
-    incoming: Arc<Incoming>,
-    /// The frame that does not unpack to a whole chunk. Only the last chunk is short, and how short only the header says.
-    last: Option<(ChunkIndex, Vec<u8>)>,
-    ended: Result<(), ResolveError>,
-}
-
-/// Writes the chunks of a layer that is being ingested as they come.
-async fn take_chunks(
-    mut stream: seeder::client::Follow,
-    incoming: Arc<Incoming>,
-    progress: watch::Sender<Progress>,
-) -> Follow {
-    let mut last = None;
-    let ended = async {
-        let mut decoder = Decoder::new();
-        let mut plain = Vec::new();
-        let chunk_size = 1 << stream.chunk_log2();
-        while let Some((chunk, frame)) = stream.next().await? {
-            if last.is_some() {
-                // A short chunk in the middle: the index will not know the rest either.
-                break;
-            }
-            if decoder.decode(frame, chunk_size, &mut plain).is_err() {
-                let mut bytes = Vec::new();
-                frame.write(&mut bytes);
-                last = Some((chunk, bytes));
-                continue;
-            }
-            tokio::task::block_in_place(|| incoming.write(chunk, &plain))?;
-            // Chunks are progress too: the seeder may be done reading while they still flow.
-            progress.send_modify(|_| {});
+    /// Waits a little for the last chunks, then gives what came. Chunks that did not come are fetched when they are read.
+    async fn finish(mut self) -> Option<Arc<Incoming>> {
+        match tokio::time::timeout(FOLLOW_GRACE, &mut self.network).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::debug!(%error, "the chunks of an ingest were not followed to the end"),
+            Ok(Err(_)) | Err(_) => self.network.abort(),
         }
-        Ok(())
-    }
-    .await;
-    Follow { incoming, last, ended }
-}
-
-/// Ends a task when the resolution that wanted it ends.
-#[derive(Default)]
-struct StopOnDrop(parking_lot::Mutex<Option<tokio::task::AbortHandle>>);
-
-impl StopOnDrop {
-    fn watch<T>(&self, task: &tokio::task::JoinHandle<T>) {
-        *self.0.lock() = Some(task.abort_handle());
+        // Ends once the network's half is gone.
+        self.disk.await.ok()?;
+        Some(self.incoming)
     }
 }
 
-impl Drop for StopOnDrop {
-    fn drop(&mut self) {
-        if let Some(task) = self.0.lock().take() {
-            task.abort();
+/// Decodes and stores frames until there are no more. What cannot be stored is fetched again later.
+fn write_frames(mut frames: mpsc::Receiver<ReceivedFrame>, incoming: &Incoming, chunk_len: u64) {
+    let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
+    while let Some(received) = frames.blocking_recv() {
+        let frame = if received.is_plain { Frame::Plain(&received.body) } else { Frame::Packed(&received.body) };
+        let len = frame.claimed_len().filter(|len| *len <= chunk_len).and_then(|len| usize::try_from(len).ok());
+        let decoded = len.is_some_and(|len| decoder.decode(frame, len, &mut plain).is_ok());
+        if !decoded {
+            tracing::debug!(chunk = %received.chunk, "a followed chunk cannot be decoded");
+            continue;
+        }
+        if let Err(error) = incoming.write(received.chunk, &plain) {
+            tracing::warn!(chunk = %received.chunk, %error, "a followed chunk cannot be stored");
+            return;
         }
     }
 }
 
-/// The spans of a layer: from its store, else from a seeder.
+/// A layer's spans section: from disk, else from a seeder.
+#[derive(Clone)]
 struct LayerSpans {
+    // The layer holds its sources, so they must not hold the layer.
     layer: Weak<Layer>,
-    seeders: Option<seeder::Client>,
-    /// Parsed once, when the registry is first read.
-    spans: Mutex<Option<Arc<Spans>>>,
-}
-
-struct SharedSpans(Arc<LayerSpans>);
-
-impl SpansProvider for SharedSpans {
-    fn spans(&self) -> BoxFuture<'_, Result<Arc<Spans>, String>> {
-        Box::pin(async move {
-            let mut spans = self.0.spans.lock().await;
-            if let Some(spans) = &*spans {
-                return Ok(spans.clone());
-            }
-            let layer = self.0.store().await?;
-            let parsed = blocking(move || layer.spans()).await.map_err(|error| error.to_string())?;
-            let parsed = parsed.map_err(|error| error.to_string())?.ok_or("the spans are gone from the store")?;
-            Ok(spans.insert(Arc::new(parsed)).clone())
-        })
-    }
+    seeders: seeder::Client,
+    loaded: Arc<tokio::sync::Mutex<Option<Arc<Spans>>>>,
 }
 
 impl LayerSpans {
-    /// Brings the spans section into the layer's store if it is not there.
-    async fn store(&self) -> Result<Arc<Layer>, String> {
-        let layer = self.layer.upgrade().ok_or("the layer was removed")?;
-        let reading = layer.clone();
-        let here = blocking(move || reading.section(Section::Spans)).await.map_err(|error| error.to_string())?;
-        if here.map_err(|error| error.to_string())?.is_some() {
-            return Ok(layer);
+    async fn load(&self) -> Result<Arc<Spans>, String> {
+        let mut loaded = self.loaded.lock().await;
+        if let Some(spans) = &*loaded {
+            return Ok(Arc::clone(spans));
         }
-        let header: Header = layer.header().clone();
-        let seeders = self.seeders.as_ref().ok_or("the spans are not here and no seeder is configured")?;
-        let bytes = seeders
-            .section(&header, Section::Spans)
-            .await
-            .map_err(|error| format!("the spans are not here and no seeder gave them: {error}"))?;
-        let writing = layer.clone();
-        let stored = blocking(move || writing.put_spans(&bytes)).await.map_err(|error| error.to_string())?;
-        stored.map_err(|error| error.to_string())?;
-        Ok(layer)
+        let layer = self.layer.upgrade().ok_or("the layer was removed")?;
+        let stored = {
+            let layer = Arc::clone(&layer);
+            blocking(move || layer.spans()).await
+        };
+        let spans = match stored {
+            Ok(Some(spans)) => spans,
+            Ok(None) | Err(_) => self.store(&layer).await.map_err(|reason| {
+                format!("its spans section is needed to read the blob, is not here, and no seeder gave it: {reason}")
+            })?,
+        };
+        Ok(Arc::clone(loaded.insert(Arc::new(spans))))
+    }
+
+    /// Fetches the section and keeps it.
+    async fn store(&self, layer: &Arc<Layer>) -> Result<Spans, String> {
+        let header = layer.header().clone();
+        let bytes = self.seeders.section(&header, Section::Spans).await.map_err(|error| error.to_string())?;
+        let layer = Arc::clone(layer);
+        blocking(move || {
+            let spans = Spans::parse(&header, &bytes).map_err(|error| error.to_string())?;
+            if let Err(error) = layer.put_spans(&bytes) {
+                tracing::warn!(blob = %header.blob(), %error, "cannot store the spans of a layer");
+            }
+            Ok(spans)
+        })
+        .await
+    }
+
+    /// Sees to it in the background that the section is here.
+    async fn fetch(&self, background: &Semaphore) -> Option<(Arc<Layer>, Spans)> {
+        for attempt in 0..SPANS_TRIES {
+            if attempt > 0 {
+                tokio::time::sleep(Duration::from_secs(1 << attempt.min(6))).await;
+            }
+            let _permit = background.acquire().await.ok()?;
+            let layer = self.layer.upgrade()?;
+            let here = {
+                let layer = Arc::clone(&layer);
+                blocking(move || layer.spans()).await
+            };
+            if let Ok(Some(spans)) = here {
+                return Some((layer, spans));
+            }
+            match self.store(&layer).await {
+                Ok(spans) => return Some((layer, spans)),
+                Err(reason) => tracing::debug!(blob = %layer.header().blob(), reason, "no spans yet"),
+            }
+        }
+        None
     }
 }
 
-/// Version 1 of a stored signature: `u32 LE` length and bytes of the signature, then of each certificate. It is kept to be
-/// passed on with the index.
-fn encode_signed(signed: &Signed) -> Vec<u8> {
-    let mut bytes = vec![1];
-    for part in std::iter::once(&signed.signature).chain(&signed.certificates) {
-        bytes.extend_from_slice(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
-        bytes.extend_from_slice(part);
+impl SpansProvider for LayerSpans {
+    fn spans(&self) -> BoxFuture<'_, Result<Arc<Spans>, String>> {
+        Box::pin(self.load())
     }
-    bytes
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)
+fn tell(progress: &watch::Sender<Progress>, change: impl FnOnce(&mut Progress)) {
+    progress.send_if_modified(|progress| {
+        let before = *progress;
+        change(progress);
+        *progress != before
+    });
 }
+
+/// Runs `work` on a blocking thread; a panic there goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime ends, and this task with it.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

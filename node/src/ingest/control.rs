@@ -73,6 +73,7 @@ fn events(phase: watch::Receiver<Phase>) -> Events {
                 blob_read: progress.blob_read,
                 blob_size: progress.blob_size,
                 device_read: progress.device_read,
+                ahead_read: progress.ahead_read,
             })),
             Phase::Ready(known) => Ok(resolve_event::Event::Ready(Ready {
                 header: known.header().encode().to_vec(),

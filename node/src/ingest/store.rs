@@ -7,7 +7,7 @@
 //! | `blobs/HEX` | a blob, whole and proven |
 //! | `wire/HEX/{frames,offsets}` | wire forms of its chunks, soft |
 //! | `indexes/HEX/{header,entries,chunk_digests,spans}` | its index; `docs/index-format.md` |
-//! | `indexes/HEX/signature` | signature and certificate chain, each after a little-endian u32 with its length |
+//! | `indexes/HEX/signature` | signature and certificate chain ([`Signed::encode`]) |
 //! | `incoming/HEX/{blob,wire,index}` | an ingest under way |
 //!
 //! HEX is the blob's digest. A layer is known when its directory in `indexes` is there: blob and wire forms are synced and
@@ -292,30 +292,13 @@ fn read_index(directory: &Path, blob: Digest) -> io::Result<StoredIndex> {
             return Err(broken(format!("the section {section} has {size} bytes")));
         }
     }
-    let signed = parse_signed(&read_small(&directory.join("signature"), SIGNED_BYTES_MAX)?);
-    Ok(StoredIndex { header, signed: signed.ok_or_else(|| broken("its signature is cut off".to_owned()))? })
-}
-
-fn parse_signed(mut bytes: &[u8]) -> Option<Signed> {
-    let mut parts = Vec::new();
-    while !bytes.is_empty() {
-        let (len, rest) = bytes.split_first_chunk::<4>()?;
-        let (part, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
-        parts.push(part.to_vec());
-        bytes = rest;
-    }
-    let signature = if parts.is_empty() { Vec::new() } else { parts.remove(0) };
-    Some(Signed { signature, certificates: parts })
+    let signed = Signed::parse(&read_small(&directory.join("signature"), SIGNED_BYTES_MAX)?);
+    Ok(StoredIndex { header, signed: signed.ok_or_else(|| broken("its signature cannot be read".to_owned()))? })
 }
 
 fn write_signed(directory: &Path, signed: &Signed) -> io::Result<()> {
-    let mut bytes = Vec::new();
-    for part in std::iter::once(&signed.signature).chain(&signed.certificates) {
-        bytes.extend_from_slice(&(part.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(part);
-    }
     let new = directory.join("signature.new");
-    write_synced(&new, &bytes)?;
+    write_synced(&new, &signed.encode())?;
     fs::rename(&new, directory.join("signature"))
 }
 

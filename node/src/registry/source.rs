@@ -29,12 +29,19 @@ pub struct RegistrySource {
     blob: BlobRef,
     geometry: Geometry,
     spans: Box<dyn SpansProvider>,
+    units: Vec<Range<u64>>,
 }
 
 impl RegistrySource {
     /// A source of the layer of `blob`, whose device is cut by `geometry`.
     pub fn new(client: Client, blob: BlobRef, geometry: Geometry, spans: impl SpansProvider) -> Self {
-        Self { client, blob, geometry, spans: Box::new(spans) }
+        Self { client, blob, geometry, spans: Box::new(spans), units: Vec::new() }
+    }
+
+    /// The same with the device ranges of the spans, so that no span is fetched for two runs.
+    pub fn with_units(mut self, spans: &Spans) -> Self {
+        self.units = spans.all().iter().map(|span| span.device.clone()).collect();
+        self
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
@@ -97,6 +104,10 @@ impl Source for RegistrySource {
 
     fn label(&self) -> String {
         format!("registry {}", self.blob.registry)
+    }
+
+    fn units(&self) -> Vec<Range<u64>> {
+        self.units.clone()
     }
 
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {

@@ -15,6 +15,9 @@ const CERTIFICATE_BYTES_MAX: usize = 16 << 10;
 /// A DER-encoded ECDSA P-256 signature has at most 72 bytes.
 const SIGNATURE_BYTES_MAX: usize = 128;
 
+/// Version of a stored signature.
+const SIGNED_VERSION: u8 = 1;
+
 /// A signature with the certificates of who made it. Empty in a cluster without security.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Signed {
@@ -86,6 +89,30 @@ impl Signer {
 }
 
 impl Signed {
+    /// The bytes to store: a version, 1, then signature and each certificate, each after its length as a little-endian u32.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![SIGNED_VERSION];
+        for part in std::iter::once(&self.signature).chain(&self.certificates) {
+            bytes.extend_from_slice(&(part.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(part);
+        }
+        bytes
+    }
+
+    /// Reads what [`Signed::encode`] wrote; `None` where it is cut off or of another version.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut bytes = bytes.strip_prefix(&[SIGNED_VERSION])?;
+        let mut parts = Vec::new();
+        while !bytes.is_empty() {
+            let (len, rest) = bytes.split_first_chunk::<4>()?;
+            let (part, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+            parts.push(part.to_vec());
+            bytes = rest;
+        }
+        let mut parts = parts.into_iter();
+        Some(Self { signature: parts.next().unwrap_or_default(), certificates: parts.collect() })
+    }
+
     /// Whether the first certificate's key signed `statement`, whoever that is. It tells damage from bytes that this
     /// machine wrote itself; whether to believe the signer is [`Verifier::verify`]'s question.
     pub fn fits(&self, statement: &[u8]) -> bool {
@@ -175,6 +202,8 @@ mod tests {
         let signed = cluster.security(Role::Seeder, "s1").signer().unwrap().unwrap().sign(b"statement").unwrap();
         let verifier = cluster.security(Role::Node, "n1").verifier();
         assert_eq!(verifier.verify(b"statement", &signed), Ok(()));
+        assert_eq!(Signed::parse(&signed.encode()), Some(signed.clone()));
+        assert_eq!(Signed::parse(&signed.encode()[..50]), None);
         assert_eq!(verifier.verify(b"statemenT", &signed), Err(TrustError::Signature));
         assert_eq!(verifier.verify(b"statement", &Signed::default()), Err(TrustError::Unsigned));
         let mut wrong = signed.clone();

@@ -392,6 +392,7 @@ impl Resolution {
                 blob_read: progress.blob_read,
                 blob_size: progress.blob_size,
                 device_read: progress.device_read,
+                ahead_read: progress.ahead_read,
             }),
             resolve_event::Event::Unsupported(unsupported) => {
                 Event::Unsupported(unsupported.reason.chars().take(REASON_BYTES_MAX).collect())
@@ -405,6 +406,11 @@ impl Resolution {
                 Event::Ready { header: Box::new(header), signed }
             }
         }))
+    }
+
+    /// The error for a conversation that ended before the layer was ready.
+    pub fn ended_early(&self) -> SeederError {
+        self.seat.wrong("the conversation ended before the layer was ready")
     }
 
     /// Fetches a section from this seeder. Its digest is not verified.

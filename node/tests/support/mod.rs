@@ -134,7 +134,7 @@ impl FaultySource {
     fn give(&self, chunk: u32, fault: Fault, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
         let start = chunk as usize * CHUNK as usize;
         let mut plain = self.device[start..(start + CHUNK as usize).min(self.device.len())].to_vec();
-        if fault == Fault::Wrong && chunk % 3 == 0 {
+        if fault == Fault::Wrong && chunk.is_multiple_of(3) {
             plain[17] ^= 1;
         }
         *self.state.lock().given.entry(chunk).or_default() += 1;

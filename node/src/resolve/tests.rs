@@ -1,0 +1,273 @@
+use std::ops::Range;
+use std::time::Instant;
+
+use super::*;
+use crate::ingest::tests::{Sample, TestSeeder, finished, ingester, registry_client};
+use crate::ingest::{Ingester, Phase};
+use crate::registry::fake::FakeRegistry;
+use crate::security::Role;
+use crate::security::tests::TestCluster;
+use crate::source::{ChunkSink, Source, SourceError, SourceKind, WrongChunk};
+use crate::{Node, NodeConfig};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Scene {
+    registry: FakeRegistry,
+    sample: Sample,
+    blob: BlobRef,
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    async fn new(seed: u32) -> Self {
+        let registry = FakeRegistry::start().await;
+        let sample = Sample::new(seed);
+        let blob = registry.put_blob(sample.blob.clone());
+        Self { registry, sample, blob, folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn ingester(&self, security: &Security) -> Ingester {
+        ingester(&self.folder.path().join("seeder"), &self.registry, security)
+    }
+
+    fn node(&self) -> Arc<Node> {
+        Node::open(NodeConfig::new(self.folder.path().join("node"))).unwrap()
+    }
+
+    fn resolver(&self, node: &Arc<Node>, seeder: &str, security: &Security) -> Resolver {
+        let limit = Duration::from_secs(3);
+        let options = Options {
+            seeder: seeder::Options { connect_timeout: limit, stall_timeout: limit },
+            registry: registry::Options { connect_timeout: limit, stall_timeout: limit },
+        };
+        let addresses = SeederAddresses::new([seeder.to_owned()]).unwrap();
+        Resolver::with_options(Arc::clone(node), &addresses, security, &self.registry.config(), options)
+    }
+
+    async fn read_all(&self, layer: &Arc<Layer>) {
+        // In the order in which no reader ahead helps.
+        let chunks: Vec<u32> = layer.geometry().chunks().rev().collect();
+        for chunk in chunks {
+            let range = layer.geometry().range(ChunkIndex(chunk));
+            let bytes = tokio::time::timeout(PATIENCE, layer.read(range.clone())).await.unwrap().unwrap();
+            assert!(bytes == self.sample.device[range.start as usize..range.end as usize], "chunk {chunk} differs");
+        }
+    }
+}
+
+async fn resolve(resolver: &Resolver, blob: &BlobRef) -> Result<Arc<Layer>, ResolveError> {
+    let (progress, _) = watch::channel(Progress::default());
+    tokio::time::timeout(PATIENCE, resolver.resolve(blob, progress)).await.expect("it ends")
+}
+
+async fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_known_layer_is_read_from_the_seeder_and_then_from_the_registry() {
+    let (scene, cluster) = (Scene::new(30).await, TestCluster::new());
+    let (theirs, ours) = (cluster.security(Role::Seeder, "s"), cluster.security(Role::Node, "n"));
+    let seeder = TestSeeder::start(scene.ingester(&theirs), &theirs).await;
+    assert!(matches!(finished(seeder.ingester.ask(&scene.blob).await.unwrap()).await, Phase::Ready(_)));
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &ours);
+    let layer = resolve(&resolver, &scene.blob).await.unwrap();
+    assert_eq!(layer.bytes_here(), 0, "nothing was asked for");
+    assert_eq!(layer.tree().unwrap().entries().len(), 24 + 2);
+    let first = layer.read(0..1000).await.unwrap();
+    assert_eq!(first, scene.sample.device[..1000]);
+    wait_for("the seeder gave it", || layer.counters().source(SourceKind::Seeder).plain_bytes > 0).await;
+    assert_eq!(layer.counters().source(SourceKind::Registry).plain_bytes, 0);
+
+    wait_for("the spans come in the background", || matches!(layer.section(Section::Spans), Ok(Some(_)))).await;
+    assert_eq!(scene.registry.requests().bodies, 1);
+    drop(seeder);
+    scene.read_all(&layer).await;
+    assert!(layer.counters().source(SourceKind::Registry).plain_bytes > 0);
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_layer_arrives_while_it_is_ingested() {
+    let scene = Scene::new(31).await;
+    scene.registry.set(|behaviour| behaviour.pause = Duration::from_millis(5));
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    let (progress, mut seen) = watch::channel(Progress::default());
+    let told = tokio::spawn(async move {
+        let mut count = 0;
+        while seen.changed().await.is_ok() {
+            count += 1;
+        }
+        (count, *seen.borrow())
+    });
+    let layer = resolver.resolve(&scene.blob, progress).await.unwrap();
+    let (count, last) = told.await.unwrap();
+    assert!(count > 3, "progress was told {count} times");
+    assert_eq!(last.blob_size, scene.blob.size);
+    // Most of it came; what was still on its way is read lazily.
+    assert!(layer.bytes_here() > scene.sample.device.len() as u64 / 2, "only {} bytes came", layer.bytes_here());
+    scene.read_all(&layer).await;
+    let requests = scene.registry.requests();
+    assert_eq!((requests.bodies, requests.bytes), (1, scene.blob.size));
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_local_layer_needs_nobody() {
+    let scene = Scene::new(32).await;
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    resolve(&resolver, &scene.blob).await.unwrap();
+    let gone = seeder.address.clone();
+    drop((seeder, resolver));
+    node.shutdown().await;
+    drop(node);
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &gone, &Security::Off);
+    resolve(&resolver, &scene.blob).await.unwrap();
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_who_resolve_share_one() {
+    let scene = Scene::new(33).await;
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = Arc::new(scene.resolver(&node, &seeder.address, &Security::Off));
+    let resolves = (0..20).map(|_| {
+        let (resolver, blob) = (Arc::clone(&resolver), scene.blob.clone());
+        tokio::spawn(async move { resolve(&resolver, &blob).await.unwrap().number() })
+    });
+    let numbers = futures_util::future::join_all(resolves).await;
+    let first = *numbers[0].as_ref().unwrap();
+    assert!(numbers.into_iter().all(|number| number.unwrap() == first));
+    assert_eq!(node.layers().len(), 1);
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seeder_that_dies_in_the_middle_is_an_error_soon() {
+    let scene = Scene::new(34).await;
+    scene.registry.set(|behaviour| behaviour.stall_after = Some(2_000_000));
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    let (progress, mut seen) = watch::channel(Progress::default());
+    let blob = scene.blob.clone();
+    let resolving = tokio::spawn(async move { resolver.resolve(&blob, progress).await });
+    let moved = seen.wait_for(|progress| progress.received > 0);
+    tokio::time::timeout(PATIENCE, moved).await.unwrap().unwrap();
+    let died = Instant::now();
+    drop(seeder);
+    let error = tokio::time::timeout(PATIENCE, resolving).await.unwrap().unwrap().unwrap_err();
+    // The listener lets requests finish for a few seconds; then the connection is gone.
+    assert!(died.elapsed() < Duration::from_secs(12), "{error} after {:?}", died.elapsed());
+    assert!(matches!(error, ResolveError::NoSeeder(_) | ResolveError::Seeder(_)), "{error}");
+    assert!(node.layers().is_empty());
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unsigned_index_is_not_believed() {
+    let (scene, cluster) = (Scene::new(35).await, TestCluster::new());
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let mut resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    resolver.verifier = cluster.security(Role::Node, "n").verifier();
+    let error = resolve(&resolver, &scene.blob).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Untrusted { source: TrustError::Unsigned, .. }), "{error}");
+    assert!(node.layers().is_empty());
+    node.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn declining_says_why() {
+    let scene = Scene::new(36).await;
+    let node = scene.node();
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    let odd = scene.registry.put_blob(crate::ingest::tests::gzip(&[7; 5000]));
+    let error = resolve(&resolver, &odd).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Unsupported(_)), "{error}");
+    let mut missing = scene.blob.clone();
+    missing.digest = Digest::of(b"missing");
+    let error = resolve(&resolver, &missing).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Seeder(SeederError::Ingest { .. })), "{error}");
+    assert!(error.to_string().contains("does not have"), "{error}");
+    drop(seeder);
+    let gone = scene.resolver(&node, "127.0.0.1:1", &Security::Off);
+    let error = resolve(&gone, &scene.blob).await.unwrap_err();
+    assert!(matches!(error, ResolveError::NoSeeder(_)), "{error}");
+    node.shutdown().await;
+}
+
+struct Collected {
+    chunks: HashMap<u32, Vec<u8>>,
+    wire_bytes: usize,
+}
+
+impl ChunkSink for Collected {
+    fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], wire_bytes: usize) -> Result<(), WrongChunk> {
+        self.chunks.insert(chunk.0, plain.to_vec());
+        self.wire_bytes += wire_bytes;
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_registry_gives_any_run_by_its_spans() {
+    let scene = Scene::new(37).await;
+    let ingester = scene.ingester(&Security::Off);
+    let Phase::Ready(known) = finished(ingester.ask(&scene.blob).await.unwrap()).await else { panic!("no layer") };
+    let header = known.header().clone();
+    let path = scene.folder.path().join("seeder/indexes").join(scene.blob.digest.hex()).join("spans");
+    let spans = Arc::new(Spans::parse(&header, &std::fs::read(path).unwrap()).unwrap());
+    assert!(spans.all().len() > 2, "the sample is too small");
+    let geometry = header.geometry();
+    let last = geometry.chunk_count();
+    let source = RegistrySource::new(registry_client(&scene.registry), scene.blob.clone(), geometry, spans);
+    let runs: [Range<u32>; 6] = [0..1, 31..33, 40..41, last - 1..last, 20..last, 0..last];
+    for run in runs {
+        let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
+        source.fetch(run.clone(), &mut sink).await.unwrap();
+        for chunk in run {
+            let range = geometry.range(ChunkIndex(chunk));
+            let want = &scene.sample.device[range.start as usize..range.end as usize];
+            assert!(sink.chunks.get(&chunk).is_some_and(|plain| plain == want), "chunk {chunk} differs");
+        }
+        assert!(sink.wire_bytes <= scene.sample.blob.len());
+    }
+    scene.registry.corrupt_blob(&scene.blob, vec![0xff; scene.sample.blob.len()]);
+    let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
+    let error = source.fetch(0..1, &mut sink).await.unwrap_err();
+    assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_spans_and_seeder_the_registry_says_what_is_missing() {
+    let scene = Scene::new(38).await;
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    // No background fetch of spans gets its turn.
+    let _all = Arc::clone(&resolver.background).acquire_many_owned(BACKGROUND as u32).await.unwrap();
+    let layer = resolve(&resolver, &scene.blob).await.unwrap();
+    drop(seeder);
+    let spans = LayerSpans { layer: Arc::downgrade(&layer), seeders: resolver.seeders.clone(), loaded: Arc::default() };
+    let geometry = layer.geometry();
+    let source = RegistrySource::new(resolver.registry.clone(), scene.blob.clone(), geometry, spans);
+    let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
+    let error = source.fetch(0..1, &mut sink).await.unwrap_err();
+    assert!(matches!(error, SourceError::Missing { .. }), "{error}");
+    assert!(error.to_string().contains("spans section"), "{error}");
+    node.shutdown().await;
+}
