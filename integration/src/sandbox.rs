@@ -10,16 +10,21 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::unistd::Pid;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::process;
 use crate::tools::Tools;
 
 /// Set inside, to the run folder.
 const RUN_FOLDER: &str = "DROVER_LAB_RUN";
+
+/// How long an interrupted sandbox may take to be gone: the kernel tears down its mounts.
+const END_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What is private to one run: a folder for state, and the name of its control groups.
 #[derive(Clone, Debug)]
@@ -160,14 +165,14 @@ fn outside(base: &Path, mut command: Command, output: Output) -> Result<u8> {
         command.stdout(Stdio::piped());
     }
     let mut child = command.spawn().context("cannot start `setpriv` (package util-linux)")?;
+    let (interrupted, all_ended) = std::sync::mpsc::channel();
     if watched {
         let unshare = child.id();
         std::thread::spawn(move || {
             if signals.wait().is_ok() {
                 eprintln!("\ninterrupted: stopping everything");
-                for first in process::children(unshare) {
-                    let _ = kill(Pid::from_raw(first as i32), Signal::SIGKILL);
-                }
+                end(unshare);
+                let _ = interrupted.send(());
             }
         });
     }
@@ -177,8 +182,23 @@ fn outside(base: &Path, mut command: Command, output: Output) -> Result<u8> {
         }
     }
     let status = child.wait().context("cannot wait for the sandbox")?;
+    if watched && status.signal().is_some() {
+        // Killed from above, or by the thread above, which knows when nothing is left.
+        let _ = all_ended.recv_timeout(END_DEADLINE);
+    }
     clear(&run);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(130).max(status.signal().map_or(0, |_| 130)))
+}
+
+/// Kills the sandbox below the process `unshare` and waits until its last process is gone.
+fn end(unshare: u32) {
+    let firsts = process::children(unshare).into_iter().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+    let firsts: Vec<_> = firsts.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect();
+    // The first process inside dies with it, and everything else with the first process.
+    let _ = kill(nix::unistd::Pid::from_raw(unshare.cast_signed()), Signal::SIGKILL);
+    for first in &firsts {
+        let _ = poll(&mut [PollFd::new(first, PollFlags::IN)], None);
+    }
 }
 
 /// First steps inside: nothing that is mounted or put into `/run` is seen by the machine.
@@ -217,7 +237,7 @@ fn remove_stale(base: &Path) {
         let owner = fs::read_to_string(folder.join("owner")).ok().and_then(|pid| pid.parse::<i32>().ok());
         if let Some(owner) = owner
             && entry.file_name().to_string_lossy().starts_with("run-")
-            && kill(Pid::from_raw(owner), None).is_err()
+            && kill(nix::unistd::Pid::from_raw(owner), None).is_err()
         {
             clear(&Run { folder });
         }
