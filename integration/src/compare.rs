@@ -10,6 +10,7 @@ use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 
@@ -29,22 +30,37 @@ pub const DIFFERENCES_MAX: usize = 200;
 
 /// Compares the tree `left` with `right`.
 pub fn compare(left: &Path, right: &Path) -> Result<Comparison> {
-    let mut walk =
-        Walk { left, right, result: Comparison::default(), left_links: HashMap::new(), right_links: HashMap::new() };
-    walk.directory(Path::new(""))?;
-    Ok(walk.result)
+    Walk::start(left, right, None)
+}
+
+/// Compares a tree that containerd unpacked, beginning at `began`, with another. Unpacking a layer changes the directories
+/// that it adds to or removes from without naming them (the root of the tree is always one), and their modification time is
+/// then that of the unpacking: such times say nothing about the image and are left out.
+pub fn compare_unpacked(unpacked: &Path, other: &Path, began: SystemTime) -> Result<Comparison> {
+    Walk::start(unpacked, other, Some(began))
 }
 
 struct Walk<'a> {
     left: &'a Path,
     right: &'a Path,
     result: Comparison,
+    /// Directories on the left that were modified later have no modification time.
+    began: Option<i128>,
     /// First path of each file with several names, by device and inode.
     left_links: HashMap<(u64, u64), PathBuf>,
     right_links: HashMap<(u64, u64), PathBuf>,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn start(left: &'a Path, right: &'a Path, began: Option<SystemTime>) -> Result<Comparison> {
+        let since_1970 = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let began = began.map(|time| since_1970(time).as_nanos().cast_signed());
+        let (left_links, right_links) = (HashMap::new(), HashMap::new());
+        let mut walk = Walk { left, right, result: Comparison::default(), began, left_links, right_links };
+        walk.directory(Path::new(""))?;
+        Ok(walk.result)
+    }
+
     fn directory(&mut self, relative: &Path) -> Result<()> {
         self.attributes(relative)?;
         let (left, right) = (names(&self.left.join(relative))?, names(&self.right.join(relative))?);
@@ -76,8 +92,10 @@ impl Walk<'_> {
             ("type and mode", a.mode().into(), b.mode().into()),
             ("owner", a.uid().into(), b.uid().into()),
             ("group", a.gid().into(), b.gid().into()),
-            ("mtime", nanoseconds(&a), nanoseconds(&b)),
         ];
+        if !a.is_dir() || self.began.is_none_or(|began| nanoseconds(&a) < began) {
+            fields.push(("mtime", nanoseconds(&a), nanoseconds(&b)));
+        }
         if !a.is_dir() || !b.is_dir() {
             fields.push(("size", a.size().into(), b.size().into()));
             fields.push(("link count", a.nlink().into(), b.nlink().into()));
