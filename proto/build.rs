@@ -2,8 +2,10 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let files =
-        protox::compile(["containerd/snapshots.proto", "containerd/content.proto", "drover/control.proto", "drover/node.proto"], ["proto"])?;
+    let files = protox::compile(
+        ["containerd/snapshots.proto", "containerd/content.proto", "drover/control.proto", "drover/node.proto"],
+        ["proto"],
+    )?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }
