@@ -281,7 +281,143 @@ fn parse_range(value: &HeaderValue, size: u64) -> ByteRange {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+    use crate::security::Security;
+
+    /// Has one layer of four chunks, whose frames never end for the last one.
+    struct OneLayer {
+        section: Arc<File>,
+    }
+
+    const BLOB: &str = "sha256:0000000000000000000000000000000000000000000000000000000000000000";
+
+    impl LayerServer for OneLayer {
+        fn header(&self, _blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>> {
+            Box::pin(async { Err(ServeError::NotYet) })
+        }
+
+        fn section(&self, _blob: Digest, _section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+            Box::pin(async { Ok(SectionBody { file: Arc::clone(&self.section), size: 1000 }) })
+        }
+
+        fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<Frames, ServeError>> {
+            Box::pin(async move {
+                let stream = match run {
+                    _ if blob != Digest::from_bytes([0; 32]) => return Err(ServeError::Unknown),
+                    Range { end: 5.., .. } => return Err(ServeError::OutOfRange),
+                    Range { start: 3, .. } => stream::repeat_with(|| Ok(Bytes::from(vec![1; 1 << 20]))).boxed(),
+                    _ => stream::iter([Ok(Bytes::from_static(b"frames"))]).boxed(),
+                };
+                Ok(Frames { len: None, chunk_log2: None, stream })
+            })
+        }
+
+        fn follow(&self, _blob: Digest) -> BoxFuture<'_, Result<Frames, ServeError>> {
+            let broken = [Ok(Bytes::from_static(b"begin")), Err(io::Error::other("broken"))];
+            let frames = Frames { len: None, chunk_log2: Some(17), stream: stream::iter(broken).boxed() };
+            Box::pin(async { Ok(frames) })
+        }
+    }
+
+    struct Serving {
+        base: String,
+        address: String,
+        _stop: tokio_util::sync::DropGuard,
+    }
+
+    async fn serve(transfers: usize, limits: Limits) -> Serving {
+        let mut section = tempfile::tempfile().unwrap();
+        io::Write::write_all(&mut section, &(0..1000u32).map(|at| at as u8).collect::<Vec<_>>()).unwrap();
+        let router = router(Arc::new(OneLayer { section: Arc::new(section) }), transfers);
+        let listener = Listener::bind("127.0.0.1:0", &Security::Off, limits).await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let stop = CancellationToken::new();
+        tokio::spawn(listener.serve(router, stop.clone()));
+        Serving { base: format!("http://{address}/v1/layers/{BLOB}"), address, _stop: stop.drop_guard() }
+    }
+
+    #[tokio::test]
+    async fn answers_are_those_of_the_protocol() {
+        let serving = serve(8, Limits::default()).await;
+        let client = reqwest::Client::new();
+        let get = async |path: &str, range: Option<&str>| {
+            let mut request = client.get(format!("{}{path}", serving.base));
+            if let Some(range) = range {
+                request = request.header(header::RANGE, range);
+            }
+            let response = request.send().await.unwrap();
+            let (status, headers) = (response.status().as_u16(), response.headers().clone());
+            (status, headers, response.bytes().await)
+        };
+        let (status, headers, body) = get("/index/entries", Some("bytes=10-19")).await;
+        assert_eq!((status, &headers[header::CONTENT_RANGE]), (206, &HeaderValue::from_static("bytes 10-19/1000")));
+        assert_eq!(body.unwrap(), (10..20u8).collect::<Vec<_>>());
+        assert_eq!(get("/index/spans", None).await.2.unwrap().len(), 1000);
+        for (path, range, want) in [
+            ("/index/entries", Some("bytes=1000-"), 416),
+            ("/index/header", None, 404),
+            ("/index/nonsense", None, 400),
+            ("/chunks/0-2", None, 200),
+            ("/chunks/0-5", None, 416),
+            ("/chunks/2-2", None, 400),
+            ("/chunks/2", None, 400),
+            ("/chunks/a-b", None, 400),
+            ("/chunks/0-4294967296", None, 400),
+            ("/elsewhere", None, 404),
+        ] {
+            assert_eq!(get(path, range).await.0, want, "{path}");
+        }
+        let other = client.get(serving.base.replace(":00", ":10") + "/chunks/0-1").send().await.unwrap();
+        assert_eq!(other.status(), 404);
+        let odd = client.get(serving.base.replace("sha256", "sha512") + "/chunks/0-1").send().await.unwrap();
+        assert_eq!(odd.status(), 400);
+        // The head may be lost with the rest.
+        let followed = client.get(format!("{}/follow", serving.base)).send().await;
+        let is_whole = match followed {
+            Ok(response) => response.bytes().await.is_ok(),
+            Err(_) => false,
+        };
+        assert!(!is_whole, "a follow that fails is broken off");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn transfers_are_bounded_and_stalled_clients_are_cut_off() {
+        let limits = Limits { stall_timeout: Duration::from_millis(300), ..Limits::default() };
+        let serving = serve(1, limits).await;
+        let mut stalled = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
+        let request = format!("GET /v1/layers/{BLOB}/chunks/3-4 HTTP/1.1\r\nHost: x\r\n\r\n");
+        stalled.write_all(request.as_bytes()).await.unwrap();
+        stalled.read_exact(&mut [0; 15]).await.unwrap();
+
+        let busy = reqwest::get(format!("{}/chunks/0-1", serving.base)).await.unwrap();
+        assert_eq!(
+            (busy.status().as_u16(), &busy.headers()[header::RETRY_AFTER]),
+            (503, &HeaderValue::from_static("1"))
+        );
+        // The client that takes nothing loses its place.
+        let again = async {
+            while reqwest::get(format!("{}/chunks/0-1", serving.base)).await.unwrap().status() != 200 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), again).await.expect("the place becomes free");
+    }
+
+    #[tokio::test]
+    async fn a_connection_without_a_request_ends() {
+        let limits = Limits { idle_timeout: Duration::from_millis(200), ..Limits::default() };
+        let serving = serve(1, limits).await;
+        for begin in ["", "GET /healthz HTTP/1.1\r\nHo"] {
+            let mut idle = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
+            idle.write_all(begin.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            let ended = tokio::time::timeout(Duration::from_secs(20), idle.read_to_end(&mut answer)).await;
+            assert!(ended.is_ok(), "it stays open");
+        }
+    }
 
     #[test]
     fn ranges_are_those_of_http() {
