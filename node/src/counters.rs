@@ -159,6 +159,11 @@ impl SourceCounters {
 }
 
 impl CounterValues {
+    /// [`SourceValues::wire_bytes`] of each kind of source, nearest first.
+    pub fn wire_bytes(&self) -> [(SourceKind, u64); 3] {
+        [SourceKind::Peer, SourceKind::Seeder, SourceKind::Registry].map(|kind| (kind, self.source(kind).wire_bytes))
+    }
+
     /// The part of one kind of source.
     pub fn source(&self, kind: SourceKind) -> &SourceValues {
         match kind {

@@ -127,12 +127,40 @@ pub(crate) struct Driver {
     pub(crate) read_deadline: Duration,
     pub(crate) epoch: Instant,
     /// What the swarm was told about each layer's sources.
-    pub(crate) known: BTreeMap<LayerKey, BTreeMap<SourceId, u64>>,
-    pub(crate) running: BTreeMap<FetchId, AbortHandle>,
+    pub(crate) known: BTreeMap<LayerKey, BTreeMap<SourceId, Known>>,
+    pub(crate) running: BTreeMap<FetchId, Running>,
+}
+
+/// A source as the swarm knows it.
+#[derive(Debug)]
+pub(crate) struct Known {
+    version: u64,
+    /// Its units were asked for after a fetch, when it knows them.
+    has_fetched: bool,
+}
+
+/// A transfer's task.
+#[derive(Debug)]
+pub(crate) struct Running {
+    task: AbortHandle,
+    layer: LayerKey,
+    source: SourceId,
 }
 
 impl Driver {
-    pub(crate) async fn run(mut self) {
+    /// Runs as a task of its own. Without it no read ends any more, so a bug in it ends the process, which its keeper
+    /// starts again.
+    pub(crate) fn start(self) {
+        let task = tokio::spawn(self.run());
+        tokio::spawn(async move {
+            if task.await.is_err_and(|error| error.is_panic()) {
+                tracing::error!("the driver panicked: aborting, so that reads do not hang");
+                std::process::abort();
+            }
+        });
+    }
+
+    async fn run(mut self) {
         while !self.inbox.is_stopped() {
             let wake = self.step();
             let timeout = async {
@@ -147,7 +175,7 @@ impl Driver {
             }
         }
         for (_, fetch) in std::mem::take(&mut self.running) {
-            fetch.abort();
+            fetch.task.abort();
         }
     }
 
@@ -166,7 +194,9 @@ impl Driver {
                     self.want_again(now, layer, chunk);
                 }
                 Event::End { fetch, outcome } => {
-                    self.running.remove(&fetch);
+                    if let Some(ended) = self.running.remove(&fetch) {
+                        self.ask_units(ended.layer, ended.source);
+                    }
                     self.swarm.on_end(now, fetch, outcome);
                 }
             }
@@ -203,7 +233,8 @@ impl Driver {
             stays
         });
         for (id, (version, source)) in &sources {
-            if known.insert(*id, *version) != Some(*version) {
+            if known.get(id).is_none_or(|known| known.version != *version) {
+                known.insert(*id, Known { version: *version, has_fetched: false });
                 self.swarm.add_source(key, *id, source.kind(), source.units());
             }
         }
@@ -227,6 +258,16 @@ impl Driver {
         }
     }
 
+    fn ask_units(&mut self, key: LayerKey, id: SourceId) {
+        let Some(known) = self.known.get_mut(&key).and_then(|known| known.get_mut(&id)) else { return };
+        if !std::mem::replace(&mut known.has_fetched, true) {
+            let source = self.layers.lock().get(&key).and_then(|layer| layer.source(id));
+            if let Some(source) = source {
+                self.swarm.add_source(key, id, source.kind(), source.units());
+            }
+        }
+    }
+
     fn demand(&mut self, now: Duration, key: LayerKey, chunk: u32, since: Instant) {
         let deadline = since.saturating_duration_since(self.epoch) + self.read_deadline;
         self.swarm.want(now, key, chunk..chunk.saturating_add(1), Priority::Demand, deadline);
@@ -234,9 +275,9 @@ impl Driver {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Fetch { fetch, layer: key, source, run, is_hedge, .. } => {
+            Action::Fetch { fetch, layer: key, source: id, run, is_hedge, .. } => {
                 let layer = self.layers.lock().get(&key).cloned();
-                let source = layer.as_ref().and_then(|layer| layer.source(source));
+                let source = layer.as_ref().and_then(|layer| layer.source(id));
                 let end = End { inbox: self.inbox.clone(), fetch, outcome: stopped() };
                 // Where the layer or the source has just gone, dropping `end` says so to the swarm.
                 let (Some(layer), Some(source)) = (layer, source) else { return };
@@ -244,15 +285,16 @@ impl Driver {
                 layer.own_counters().add(|counters| &counters.hedges, u64::from(is_hedge));
                 let task = tokio::spawn(async move {
                     let mut end = end;
-                    let mut sink = Sink { layer, kind: source.kind(), inbox: end.inbox.clone(), fetch };
+                    let mut sink =
+                        Sink { layer, kind: source.kind(), inbox: end.inbox.clone(), fetch, given: BTreeSet::new() };
                     let result = source.fetch(run, &mut sink).await;
                     end.outcome = outcome(result);
                 });
-                self.running.insert(fetch, task.abort_handle());
+                self.running.insert(fetch, Running { task: task.abort_handle(), layer: key, source: id });
             }
             Action::Cancel { fetch } => {
-                if let Some(task) = self.running.remove(&fetch) {
-                    task.abort();
+                if let Some(running) = self.running.remove(&fetch) {
+                    running.task.abort();
                 }
             }
             Action::Fail { layer, chunk, reasons } => {
@@ -295,12 +337,17 @@ struct Sink {
     kind: SourceKind,
     inbox: Arc<Inbox>,
     fetch: FetchId,
+    /// A source that gives chunks again and again must not look busy for ever.
+    given: BTreeSet<u32>,
 }
 
 impl ChunkSink for Sink {
     fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], wire_bytes: usize) -> Result<(), WrongChunk> {
         let counters = self.layer.own_counters();
         counters.wire_bytes(self.kind, wire_bytes);
+        if !self.given.insert(chunk.0) {
+            return Err(WrongChunk(chunk));
+        }
         let verdict = if !self.layer.store().digests().is_chunk(chunk, plain) {
             counters.add(|counters| &counters.wrong_chunks, 1);
             tracing::warn!(layer = %self.layer.diff_id(), %chunk, kind = ?self.kind, "a source sent a wrong chunk");

@@ -28,6 +28,9 @@ use crate::store::{Added, LayerStore, StoreError};
 /// How often a read starts again when its chunks came and were lost before it could read them.
 const ATTEMPTS_MAX: u32 = 3;
 
+/// Most runs that wait for the driver to take them; what is beyond is only read less early.
+const AHEAD_MAX: usize = 256;
+
 /// How often a layer may log that its disk or its sources fail.
 const LOG_PAUSE: Duration = Duration::from_secs(5);
 
@@ -247,8 +250,12 @@ impl Layer {
     /// Wants the missing chunks of `range` soon, without waiting for them.
     pub fn prefetch(&self, range: Range<u64>) {
         let run = self.geometry().covering(self.clamp(range));
-        if !run.is_empty() && !self.is_complete() {
-            self.ahead.lock().push(run);
+        if run.is_empty() || self.is_complete() {
+            return;
+        }
+        let mut ahead = self.ahead.lock();
+        if ahead.len() < AHEAD_MAX {
+            ahead.push(run);
             self.inbox.touch(self.key());
         }
     }
@@ -366,6 +373,11 @@ impl Layer {
         loop {
             if self.read_here(&read.range, &mut buf) {
                 self.finish(read, Bytes::from(buf));
+                return WaitHandle { wait: None };
+            }
+            // The flag is set before those who wait are failed.
+            if let Some(reason) = self.store.quarantined() {
+                self.fail(vec![read], ReadError::Quarantined(reason));
                 return WaitHandle { wait: None };
             }
             if read.attempts >= ATTEMPTS_MAX {

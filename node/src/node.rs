@@ -136,7 +136,7 @@ impl Node {
             known: BTreeMap::new(),
             running: BTreeMap::new(),
         };
-        tokio::spawn(driver.run());
+        driver.start();
         let node = Self {
             store,
             layers,

@@ -45,13 +45,14 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
     fn label(&self) -> String;
 
     /// The device ranges that the source moves whole, in order and without gaps, when it is asked for a part of one (the
-    /// spans of a registry's blob). Empty: any run costs just its own bytes.
+    /// spans of a registry's blob). Empty: any run costs just its own bytes. A hint, asked when the source is added and again
+    /// after its first fetch.
     fn units(&self) -> Vec<Range<u64>> {
         Vec::new()
     }
 
-    /// Fetches the chunks of `run` and gives each to `sink` as soon as it is whole, in any order. More chunks than
-    /// were asked for may come (a span of a blob holds many); a sink takes or drops them. Dropping the future cancels
+    /// Fetches the chunks of `run` and gives each to `sink` as soon as it is whole, in any order, each at
+    /// most once. More chunks than were asked for may come (a span of a blob holds many); a sink takes or drops them. Dropping the future cancels
     /// the transfer. Ends with `Ok` only when every chunk of `run` was given. The source times out by itself when no byte
     /// moves for a while ([`SourceError::Stalled`]), but sets no deadline for the whole.
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>>;

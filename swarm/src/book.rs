@@ -17,6 +17,8 @@ pub(crate) struct Book {
     pub(crate) sources: BTreeMap<SourceId, Vec<Range<u64>>>,
     pub(crate) fetches: BTreeSet<FetchId>,
     wants: BTreeMap<u32, Want>,
+    /// How many of them are wanted in the background.
+    background: u32,
     /// Chunks that wait for a fetch, by priority in the order in which they were wanted.
     queues: [BTreeSet<(u64, u32)>; 3],
     /// Chunks that failed at their deadline.
@@ -97,11 +99,6 @@ impl Want {
         priority.choose(demand, readahead, background)
     }
 
-    pub(crate) fn set_wanted(&mut self, priority: Priority, wanted: bool) {
-        let [demand, readahead, background] = &mut self.wanted;
-        *priority.choose(demand, readahead, background) = wanted;
-    }
-
     /// The most urgent priority that it is wanted with.
     pub(crate) fn priority(&self) -> Option<Priority> {
         Priority::ALL.into_iter().find(|priority| self.wants(*priority))
@@ -115,6 +112,7 @@ impl Book {
             sources: BTreeMap::new(),
             fetches: BTreeSet::new(),
             wants: BTreeMap::new(),
+            background: 0,
             queues: Default::default(),
             failed: BTreeMap::new(),
         }
@@ -136,9 +134,27 @@ impl Book {
         self.wants.range(chunks).map(|(chunk, want)| (*chunk, want))
     }
 
+    /// A want that is there begins or ceases to be wanted with `priority`.
+    pub(crate) fn set_wanted(&mut self, chunk: u32, priority: Priority, wanted: bool) {
+        let Some(want) = self.wants.get_mut(&chunk) else { return };
+        let [demand, readahead, background] = &mut want.wanted;
+        let was = std::mem::replace(priority.choose(demand, readahead, background), wanted);
+        if priority == Priority::Background && was != wanted {
+            self.background = if wanted { self.background + 1 } else { self.background - 1 };
+        }
+    }
+
+    /// Bytes of the chunks that are wanted in the background.
+    pub(crate) fn background_bytes(&self) -> u64 {
+        u64::from(self.background) * self.geometry.chunk_size()
+    }
+
     /// Forgets a want and takes it out of its queue.
     pub(crate) fn remove_want(&mut self, chunk: u32) -> Option<Want> {
         self.place(chunk, Place::Nowhere);
+        if self.wants.get(&chunk)?.wants(Priority::Background) {
+            self.background -= 1;
+        }
         self.wants.remove(&chunk)
     }
 

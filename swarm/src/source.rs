@@ -120,11 +120,10 @@ impl Source {
 
     /// How long one of its fetches may make no progress before its chunks are asked elsewhere.
     pub(crate) fn hedge_after(&self, config: &Config, now: Duration) -> Duration {
-        let Some(Pace { mean, deviation }) = self.pace else { return config.hedge_after };
-        let limit = (mean + deviation * 4).clamp(config.hedge_after_min, config.hedge_after_max);
-        // While the source gives others their chunks, the wait is more likely a queue than a loss.
-        let alive = self.last_progress.is_some_and(|at| now.saturating_sub(at) < limit);
-        if alive { limit * 4 } else { limit }
+        let learned = self.pace.map_or(Duration::ZERO, |Pace { mean, deviation }| mean + deviation * 4);
+        let limit = learned.max(config.hedge_after).min(config.hedge_after_max);
+        let is_alive = self.last_progress.is_some_and(|at| now.saturating_sub(at) < limit);
+        if is_alive { config.hedge_after_max } else { limit }
     }
 
     fn load(&self, priority: Priority) -> Load {
@@ -178,7 +177,8 @@ mod tests {
             source.progress(Duration::from_secs(1), Duration::from_millis(60));
         }
         let later = Duration::from_secs(2);
-        assert_eq!(source.hedge_after(&config, later), config.hedge_after_min);
+        assert_eq!(source.hedge_after(&config, later), config.hedge_after);
+        assert_eq!(source.hedge_after(&config, Duration::from_millis(1100)), config.hedge_after_max);
         for _ in 0..50 {
             source.progress(Duration::from_secs(1), Duration::from_millis(900));
         }

@@ -375,9 +375,7 @@ impl Swarm {
 
     /// Bytes of a layer's wanted background chunks, which the owner keeps bounded.
     pub fn background_bytes(&self, layer: LayerKey) -> u64 {
-        let Some(book) = self.books.get(&layer) else { return 0 };
-        let wanted = book.wants(0..u32::MAX).filter(|(_, want)| want.wants(Priority::Background)).count();
-        wanted as u64 * book.geometry.chunk_size()
+        self.books.get(&layer).map_or(0, Book::background_bytes)
     }
 
     /// Whether demand is wanted, or was within [`Config::quiet`].
@@ -397,8 +395,9 @@ impl Swarm {
                 return;
             }
         }
-        let want = book.want_or_new(chunk, order);
-        want.set_wanted(priority, true);
+        book.want_or_new(chunk, order);
+        book.set_wanted(chunk, priority, true);
+        let Some(want) = book.want_mut(chunk) else { return };
         match priority {
             Priority::Demand => {
                 let at = want.deadline.map_or(deadline, |before| before.min(deadline));
@@ -417,8 +416,9 @@ impl Swarm {
     }
 
     fn unwant(&mut self, layer: LayerKey, chunk: u32, priority: Priority) {
-        let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) else { return };
-        want.set_wanted(priority, false);
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        book.set_wanted(chunk, priority, false);
+        let Some(want) = book.want_mut(chunk) else { return };
         match priority {
             Priority::Demand => self.timers.set(&mut want.deadline, None, Timer::Deadline(layer, chunk)),
             Priority::Readahead => self.timers.set(&mut want.expire_at, None, Timer::Expire(layer, chunk)),
@@ -570,7 +570,8 @@ impl Swarm {
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
     }
 
-    /// Asks another source for the demanded chunks that a fetch is late with.
+    /// Asks another source for the demanded chunks that a fetch is late with; where there is none, the same one on another
+    /// connection.
     fn hedge(&mut self, id: FetchId) {
         let Some(fetch) = self.fetches.get(&id) else { return };
         let Some(book) = self.books.get(&fetch.layer) else { return };
@@ -582,13 +583,21 @@ impl Swarm {
         let first = fetch.cover.clone().find(|chunk| fetch.carries(*chunk) && is_alone(*chunk));
         if let Some(first) = first
             && self.hedges < self.config.hedges_max
-            && let Choice::Fetch { source, .. } =
-                picker::choose(&self.config, &self.sources, book, self.now, first, Priority::Demand, Some(late))
+            && let Choice::Fetch { source, .. } = self.choose_hedge(book, first, late)
         {
             let end = (first..fetch.cover.end).take_while(|chunk| fetch.carries(*chunk) && is_alone(*chunk)).count();
             self.start(layer, source, first..first + end as u32, Priority::Demand, true);
         }
         self.arm_hedge(id);
+    }
+
+    fn choose_hedge(&self, book: &Book, chunk: u32, late: SourceId) -> Choice {
+        let choose =
+            |except| picker::choose(&self.config, &self.sources, book, self.now, chunk, Priority::Demand, except);
+        match choose(Some(late)) {
+            Choice::Park(_) => choose(None),
+            choice => choice,
+        }
     }
 
     fn expire_demand(&mut self, layer: LayerKey, chunk: u32) {

@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use layer::index::{Span, Spans};
+use layer::ingest::SPAN_LEN;
 use layer::span::SpanInflater;
 use layer::{ChunkIndex, Geometry};
 
@@ -29,24 +31,25 @@ pub struct RegistrySource {
     blob: BlobRef,
     geometry: Geometry,
     spans: Box<dyn SpansProvider>,
-    units: Vec<Range<u64>>,
+    units: OnceLock<Vec<Range<u64>>>,
 }
 
 impl RegistrySource {
     /// A source of the layer of `blob`, whose device is cut by `geometry`.
     pub fn new(client: Client, blob: BlobRef, geometry: Geometry, spans: impl SpansProvider) -> Self {
-        Self { client, blob, geometry, spans: Box::new(spans), units: Vec::new() }
+        Self { client, blob, geometry, spans: Box::new(spans), units: OnceLock::new() }
     }
 
     /// The same with the device ranges of the spans, so that no span is fetched for two runs.
     pub fn with_units(mut self, spans: &Spans) -> Self {
-        self.units = spans.all().iter().map(|span| span.device.clone()).collect();
+        self.units = OnceLock::from(units(spans));
         self
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
         let spans = self.spans.spans().await;
         let spans = spans.map_err(|reason| SourceError::Missing { source_label: self.label(), reason })?;
+        self.units.get_or_init(|| units(&spans));
         let covering = spans.covering(run.clone());
         let (Some(first), Some(last)) = (covering.first(), covering.last()) else {
             return Err(SourceError::Missing { source_label: self.label(), reason: "no such chunks".to_owned() });
@@ -106,13 +109,21 @@ impl Source for RegistrySource {
         format!("registry {}", self.blob.registry)
     }
 
+    /// The spans, or what they will be like: until they are known, reads that lie near each other share a fetch.
     fn units(&self) -> Vec<Range<u64>> {
-        self.units.clone()
+        let size = self.geometry.device_size();
+        self.units.get().cloned().unwrap_or_else(|| {
+            (0..size.div_ceil(SPAN_LEN)).map(|n| n * SPAN_LEN..((n + 1) * SPAN_LEN).min(size)).collect()
+        })
     }
 
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(self.fetch_run(run, sink))
     }
+}
+
+fn units(spans: &Spans) -> Vec<Range<u64>> {
+    spans.all().iter().map(|span| span.device.clone()).collect()
 }
 
 /// Inflates spans that stand one behind the other in the blob.

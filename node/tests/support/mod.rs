@@ -81,6 +81,9 @@ impl Subject {
     }
 }
 
+/// When a source gives up on itself.
+const STALL: Duration = Duration::from_secs(15);
+
 /// How a source fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -91,7 +94,7 @@ pub(crate) enum Fault {
     Wrong,
     /// Ends before the last chunk and says that all is well.
     Short,
-    /// Never answers.
+    /// Gives nothing until it times out.
     Silent,
 }
 
@@ -171,7 +174,10 @@ impl Source for FaultySource {
                     return Err(SourceError::Unreachable { source_label, reason: "unreachable".into() });
                 }
                 Fault::Missing => return Err(SourceError::Missing { source_label, reason: "not yet".into() }),
-                Fault::Silent => std::future::pending().await,
+                Fault::Silent => {
+                    tokio::time::sleep(STALL).await;
+                    return Err(SourceError::Stalled { source_label, after: STALL });
+                }
                 Fault::None | Fault::Wrong | Fault::Short => {}
             }
             let end = if fault == Fault::Short { run.end - 1 } else { run.end };
