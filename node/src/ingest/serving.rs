@@ -93,20 +93,26 @@ impl Ingester {
     /// The frames of a run of a known layer; missing ones are made again on the way.
     fn known_frames(&self, known: Arc<Known>, run: Range<u32>) -> ByteStream {
         let ingester = self.clone();
-        let frames = stream::try_unfold(run, move |run| {
+        let frames = stream::try_unfold((run, false), move |(run, made_in_vain)| {
             let (ingester, known) = (ingester.clone(), Arc::clone(&known));
             async move {
                 if run.is_empty() {
                     return Ok(None);
                 }
-                if !known.frames().has(ChunkIndex(run.start)) {
+                let is_missing = !known.frames().has(ChunkIndex(run.start));
+                if is_missing && made_in_vain {
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, "the disk does not keep the wire forms"));
+                }
+                if is_missing {
                     ingester.refill(&known, ChunkIndex(run.start)).await?;
                 }
                 let (bytes, next) = read_batch(known.frames(), run.clone()).await?;
-                Ok(Some((bytes, next..run.end)))
+                let made_in_vain = is_missing && bytes.is_empty();
+                Ok(Some((bytes, (next..run.end, made_in_vain))))
             }
         });
-        // A frame that the disk lost gives an empty batch once, and is made again by the next turn.
+        // A frame that the disk lost gives an empty batch once, and is made again by the next turn; only once, or a disk
+        // that keeps nothing would be asked for ever.
         frames.filter(|batch| std::future::ready(!batch.as_ref().is_ok_and(Bytes::is_empty))).boxed()
     }
 
