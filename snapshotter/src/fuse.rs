@@ -8,7 +8,7 @@
 //! - [`reply`]: the one answer to a request, at once or later ("parked"), from any thread;
 //! - [`device`]: the device mount, a flat directory of read-only files ([`Devices`] is what it serves);
 //! - [`mount`]: opening `/dev/fuse`, mounting, unmounting, readahead;
-//! - [`decode`], [`abi`], [`failure`]: the wire.
+//! - [`mod@decode`], [`abi`], [`failure`]: the wire.
 //!
 //! A further file system (the fallback tree) is one more [`Handler`].
 
