@@ -578,7 +578,7 @@ impl Seat {
         let seeder = self.name.clone();
         let reason = status.message().chars().take(REASON_BYTES_MAX).collect::<String>();
         match status.code() {
-            tonic::Code::Unknown | tonic::Code::Unavailable | tonic::Code::Internal
+            tonic::Code::Cancelled | tonic::Code::Unknown | tonic::Code::Unavailable | tonic::Code::Internal
                 if std::error::Error::source(&status).is_some() =>
             {
                 match self.transport_error(&status) {
