@@ -2,8 +2,9 @@
 //! in a sandbox of its own (see `lab::sandbox`).
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
@@ -16,6 +17,7 @@ use lab::process::{run, wait_for};
 use lab::sandbox::{Run, run_test};
 use lab::scene::{Node, Scene};
 use lab::tools::{Tools, workspace};
+use snapshotter::keeper;
 
 /// Keeps layers as they were read.
 const NO_FILL: &str = "[fill]\nenabled = false\n";
@@ -186,6 +188,66 @@ fn a_container_reads_on_when_the_seeder_is_gone() {
         let layers = status.images.iter().flat_map(|image| &image.layers);
         let registry: u64 = layers.filter_map(|layer| layer.bytes_by_source.get("registry")).sum();
         ensure!(registry > small::LARGE_FILE_SIZE / 2, "only {registry} bytes came from the registry");
+        Ok(())
+    });
+}
+
+/// Kills of a daemon and of a keeper in one run, half of each.
+const KILLS: usize = 8;
+
+/// The daemon and its keeper are killed, in turns, while a container reads what is not here yet: it reads on, and gets the
+/// right bytes.
+#[test]
+fn a_container_reads_on_while_daemon_and_keeper_are_killed() {
+    run_test("a_container_reads_on_while_daemon_and_keeper_are_killed", |run_of| {
+        let (mut scene, reference, _) = scene_with_image(run_of)?;
+        scene.start_seeder(true)?;
+        let script =
+            format!("find /etc /srv -type f | sort | xargs cat | sha256sum; cat {} | sha256sum", small::LARGE_FILE);
+        let program = ["sh", "-c", &script];
+        let first = scene.drover_node(NO_FILL)?;
+        first.containerd().pull(&scene.network, "drover", &reference)?;
+        let undisturbed = first.containerd().output_of(&scene.network, "drover", &reference, "c1", &program)?;
+        drop(first);
+
+        let node = scene.drover_node(NO_FILL)?;
+        let containerd = node.containerd();
+        containerd.pull(&scene.network, "drover", &reference)?;
+        let mut container = containerd.container(&scene.network, "drover", &reference, "c2", &program);
+        let mut container = container.stdout(Stdio::piped()).spawn().context("cannot start ctr")?;
+        // A client's own call that is under way when the daemon dies fails, and containerd does not repeat it.
+        let mut printed = BufReader::new(container.stdout.take().context("no output")?);
+        let mut first_line = String::new();
+        printed.read_line(&mut first_line)?;
+        let runtime = node.snapshotter()?.socket().parent().context("the socket has no folder")?.to_owned();
+        // Not for as long as the container runs: killed faster than a daemon can fetch a chunk, none would make progress.
+        for kills in 0..KILLS {
+            let mut pair = None;
+            wait_for("keeper and daemon are there", Duration::from_secs(30), || {
+                pair = keeper::status(&runtime).ok().filter(|status| status.ready);
+                pair.is_some()
+            })?;
+            let pair = pair.context("no pair")?;
+            let victim = if kills % 2 == 0 { pair.daemon.context("no daemon")? } else { pair.keeper };
+            let victim = i32::try_from(victim)?;
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), nix::sys::signal::Signal::SIGKILL)?;
+            // The dead one may still answer for a moment: the next victim is of the next pair.
+            let changed = || keeper::status(&runtime).is_ok_and(|now| now != pair && now.ready);
+            wait_for("the survivor starts the other", Duration::from_secs(30), changed)?;
+        }
+        let mut ended = None;
+        wait_for("the container ends", Duration::from_secs(90), || {
+            ended = container.try_wait().ok().flatten();
+            ended.is_some()
+        })?;
+        ensure!(ended.is_some_and(|status| status.success()), "the container failed after {KILLS} kills");
+        let mut rest = String::new();
+        printed.read_to_string(&mut rest)?;
+        let digests = first_line + &rest;
+        ensure!(digests == undisturbed, "after {KILLS} kills it printed {digests} instead of {undisturbed}");
+        // Everything else works on as well.
+        let again = containerd.output_of(&scene.network, "drover", &reference, "c3", &["cat", "/etc/replaced"])?;
+        ensure!(again == "after\n", "the next container printed {again:?}");
         Ok(())
     });
 }
