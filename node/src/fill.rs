@@ -16,6 +16,10 @@ const WINDOW: u64 = 32 << 20;
 /// Most bytes that are wanted at once where there is a rate, and how much of it may be saved up.
 const BURST: u64 = 4 << 20;
 
+/// How long a layer that begins to fill is left alone: it was just mounted, and the container that it was mounted for is about
+/// to read. On a link of 200 Mbit/s each second of filling too early would cost that container 25 MB.
+const SETTLE: Duration = Duration::from_secs(3);
+
 /// Keeps background wants open for the layers that are filling.
 #[derive(Debug)]
 pub(crate) struct Fill {
@@ -28,6 +32,8 @@ pub(crate) struct Fill {
 struct Filling {
     layer: Arc<Layer>,
     next: u32,
+    /// When it was first looked at.
+    since: Option<Duration>,
 }
 
 /// A bucket of bytes.
@@ -52,7 +58,7 @@ impl Fill {
     /// The layer may have begun or ceased to fill.
     pub(crate) fn look_at(&mut self, layer: &Arc<Layer>) {
         if layer.is_filling() && layer.has_sources() {
-            self.layers.entry(layer.key()).or_insert_with(|| Filling { layer: layer.clone(), next: 0 });
+            self.layers.entry(layer.key()).or_insert_with(|| Filling { layer: layer.clone(), next: 0, since: None });
         } else {
             self.layers.remove(&layer.key());
         }
@@ -62,7 +68,7 @@ impl Fill {
         self.layers.remove(&layer);
     }
 
-    /// Opens wants; gives when the rate allows more.
+    /// Opens wants; gives when there may be more to open.
     pub(crate) fn step(&mut self, now: Duration, swarm: &mut Swarm) -> Option<Duration> {
         self.layers.retain(|_, filling| filling.layer.is_filling());
         if self.layers.is_empty() || self.paused.load(Ordering::Acquire) {
@@ -71,7 +77,13 @@ impl Fill {
         if let Some(rate) = &mut self.rate {
             rate.fill_up(now);
         }
+        let mut settled = None;
         for (key, filling) in &mut self.layers {
+            let settles = *filling.since.get_or_insert(now) + SETTLE;
+            if now < settles {
+                settled = Some(settled.map_or(settles, |other: Duration| other.min(settles)));
+                continue;
+            }
             let geometry = filling.layer.geometry();
             let mut open = swarm.background_bytes(*key);
             while open < WINDOW {
@@ -101,7 +113,7 @@ impl Fill {
                 swarm.want(now, *key, run, Priority::Background, Duration::MAX);
             }
         }
-        None
+        settled
     }
 }
 

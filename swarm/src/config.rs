@@ -67,7 +67,7 @@ impl Default for Config {
             background_run_bytes_units: 16 << 20,
             in_flight_bytes_max: [16 << 20, 3 << 20, 2 << 20],
             in_flight_fetches_max: [16, 8, 3],
-            quiet: Duration::from_secs(1),
+            quiet: Duration::from_secs(2),
             background_fallback_after: Duration::from_secs(10),
             readahead_expiry: Duration::from_secs(10),
         }
