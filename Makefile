@@ -4,6 +4,8 @@
 #   make test           everything that must pass; installs what it needs
 #   make check          format, lints, licences, documentation
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000")
+#   make bench-kernels  scanning, image writing and ingest
+#   make nightly        what takes too long for every change
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -90,6 +92,10 @@ $(DENY):
 	$(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TARGET)/tools/cargo-deny --quiet
 
 .PHONY: bench-single bench-kernels
+# Scanning, image writing and ingest, with criterion.
+bench-kernels:
+	$(CARGO) bench -p layer
+
 bench-single: setup-demo
 	@$(CARGO) build --quiet --release -p drover-snapshotter -p drover-seeder -p integration --bins
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench --runs $(RUNS) $(foreach speed,$(SPEEDS),--speed $(speed))
