@@ -1,9 +1,9 @@
 //! Where the programs come from: nothing is installed on the machine or started by its service manager.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
@@ -36,12 +36,17 @@ impl Tools {
     /// Finds the programs, and fetches or builds those that are missing. Must be called where there is a network, that is,
     /// outside of the lab's hosts. `progress` is told what takes long.
     pub fn prepare(progress: &dyn Fn(&str)) -> Result<Self> {
-        static MADE: OnceLock<Tools> = OnceLock::new();
-        if let Some(tools) = MADE.get() {
+        static MADE: Mutex<Option<Tools>> = Mutex::new(None);
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tools) = &*made {
             return Ok(tools.clone());
         }
         let folder = target()?.join("tools");
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        // Tests of one program run beside each other, and so do programs.
+        let lock = folder.join("prepare.lock");
+        let lock = File::create(&lock).with_context(|| format!("cannot create {}", lock.display()))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the tools")?;
         let packages = unpack_packages(&folder, progress)?;
         let tools = Self {
             containerd: build_containerd(progress)?,
@@ -61,7 +66,8 @@ impl Tools {
                 bail!("{} is missing", program.display());
             }
         }
-        Ok(MADE.get_or_init(|| tools).clone())
+        *made = Some(tools.clone());
+        Ok(tools)
     }
 }
 
@@ -124,8 +130,12 @@ fn unpack_packages(folder: &Path, progress: &dyn Fn(&str)) -> Result<PathBuf> {
     progress("downloading runc, docker-registry and busybox");
     let _ = fs::remove_dir_all(&packages);
     fs::create_dir_all(&packages)?;
-    let download = run(Command::new("apt-get").current_dir(&packages).args(["download", "-qq"]).args(PACKAGES));
-    download.context("cannot download packages (is `apt-get update` needed?)")?;
+    let download = || run(Command::new("apt-get").current_dir(&packages).args(["download", "-qq"]).args(PACKAGES));
+    if download().is_err() {
+        // A fresh machine has no lists of packages yet, or old ones.
+        run(Command::new("apt-get").args(["update", "-qq"])).context("cannot fetch the lists of packages")?;
+        download().context("cannot download packages")?;
+    }
     for entry in fs::read_dir(&packages)?.flatten() {
         if entry.path().extension().is_some_and(|extension| extension == "deb") {
             run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&packages))?;
