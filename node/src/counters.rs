@@ -11,6 +11,7 @@ use crate::source::SourceKind;
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     node: Option<Arc<Counters>>,
+    local: SourceCounters,
     peer: SourceCounters,
     seeder: SourceCounters,
     registry: SourceCounters,
@@ -40,6 +41,8 @@ struct SourceCounters {
 /// The values of the counters at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CounterValues {
+    /// What came from this machine, where containerd's content store has the blob.
+    pub local: SourceValues,
     /// What came from other nodes.
     pub peer: SourceValues,
     /// What came from seeders.
@@ -75,7 +78,8 @@ pub struct SourceValues {
     pub chunks: u64,
     /// Their plain bytes.
     pub plain_bytes: u64,
-    /// Bytes of the network for all that came, also for wrong and known chunks.
+    /// Bytes of the network for all that came, also for wrong and known chunks; of this machine's blobs, the bytes that were
+    /// read.
     pub wire_bytes: u64,
 }
 
@@ -123,6 +127,7 @@ impl Counters {
 
     pub(crate) fn values(&self) -> CounterValues {
         CounterValues {
+            local: self.local.values(),
             peer: self.peer.values(),
             seeder: self.seeder.values(),
             registry: self.registry.values(),
@@ -140,6 +145,7 @@ impl Counters {
 
     fn source(&self, kind: SourceKind) -> &SourceCounters {
         match kind {
+            SourceKind::Local => &self.local,
             SourceKind::Peer => &self.peer,
             SourceKind::Seeder => &self.seeder,
             SourceKind::Registry => &self.registry,
@@ -160,13 +166,15 @@ impl SourceCounters {
 
 impl CounterValues {
     /// [`SourceValues::wire_bytes`] of each kind of source, nearest first.
-    pub fn wire_bytes(&self) -> [(SourceKind, u64); 3] {
-        [SourceKind::Peer, SourceKind::Seeder, SourceKind::Registry].map(|kind| (kind, self.source(kind).wire_bytes))
+    pub fn wire_bytes(&self) -> [(SourceKind, u64); 4] {
+        [SourceKind::Local, SourceKind::Peer, SourceKind::Seeder, SourceKind::Registry]
+            .map(|kind| (kind, self.source(kind).wire_bytes))
     }
 
     /// The part of one kind of source.
     pub fn source(&self, kind: SourceKind) -> &SourceValues {
         match kind {
+            SourceKind::Local => &self.local,
             SourceKind::Peer => &self.peer,
             SourceKind::Seeder => &self.seeder,
             SourceKind::Registry => &self.registry,

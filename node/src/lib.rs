@@ -16,6 +16,7 @@ pub mod security;
 pub mod seeder;
 pub mod serve;
 pub mod source;
+pub mod span_pass;
 pub mod store;
 
 pub use node::{Incoming, Node, NodeConfig};

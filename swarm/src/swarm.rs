@@ -29,6 +29,8 @@ pub struct FetchId(pub u64);
 /// What sort of place a source is, nearest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SourceKind {
+    /// This machine: no network is used.
+    Local,
     /// Another node.
     Peer,
     /// A seeder.

@@ -4,14 +4,12 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use layer::index::{Span, Spans};
-use layer::ingest::SPAN_LEN;
-use layer::span::SpanInflater;
-use layer::{ChunkIndex, Geometry};
+use layer::Geometry;
+use layer::index::Spans;
 
 use super::client::{Client, RegistryError};
-use crate::cutter::Cutter;
 use crate::source::{BlobRef, BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use crate::span_pass::{SpanPass, likely_units, units};
 
 /// Gives the spans section when it is needed.
 pub trait SpansProvider: Send + Sync + 'static {
@@ -111,94 +109,10 @@ impl Source for RegistrySource {
 
     /// The spans, or what they will be like: until they are known, reads that lie near each other share a fetch.
     fn units(&self) -> Vec<Range<u64>> {
-        let size = self.geometry.device_size();
-        self.units.get().cloned().unwrap_or_else(|| {
-            (0..size.div_ceil(SPAN_LEN)).map(|n| n * SPAN_LEN..((n + 1) * SPAN_LEN).min(size)).collect()
-        })
+        self.units.get().cloned().unwrap_or_else(|| likely_units(self.geometry))
     }
 
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(self.fetch_run(run, sink))
-    }
-}
-
-fn units(spans: &Spans) -> Vec<Range<u64>> {
-    spans.all().iter().map(|span| span.device.clone()).collect()
-}
-
-/// Inflates spans that stand one behind the other in the blob.
-struct SpanPass<'a> {
-    spans: std::slice::Iter<'a, Span>,
-    current: Option<(&'a Span, SpanInflater)>,
-    /// The byte before `at`, which the next span may begin with.
-    before: Option<u8>,
-    /// Offset in the blob of the next byte.
-    at: u64,
-    cutter: Cutter,
-    is_done: bool,
-}
-
-impl<'a> SpanPass<'a> {
-    fn new(spans: &'a [Span], geometry: Geometry, start: u64) -> Self {
-        let device_start = spans.first().map_or(0, |span| span.device.start);
-        Self {
-            spans: spans.iter(),
-            current: None,
-            before: None,
-            at: start,
-            cutter: Cutter::new(geometry, device_start),
-            is_done: spans.is_empty(),
-        }
-    }
-
-    const fn is_done(&self) -> bool {
-        self.is_done
-    }
-
-    /// Takes the next bytes of the blob and gives the chunks that became whole.
-    fn push(&mut self, mut bytes: &[u8]) -> Result<Vec<(ChunkIndex, Vec<u8>)>, String> {
-        let mut chunks = Vec::new();
-        let mut sink = |chunk: ChunkIndex, plain: &[u8]| chunks.push((chunk, plain.to_vec()));
-        while !self.is_done {
-            let (span, inflater) = match &mut self.current {
-                Some(current) => current,
-                None => {
-                    let Some(span) = self.spans.next() else {
-                        self.is_done = true;
-                        break;
-                    };
-                    let mut inflater = SpanInflater::new(span).map_err(|error| error.to_string())?;
-                    // Neighbours share a byte where one ends and the other begins inside it.
-                    if span.blob.start.checked_add(1) == Some(self.at)
-                        && let Some(shared) = self.before
-                    {
-                        let cutter = &mut self.cutter;
-                        inflater
-                            .push(&[shared], &mut |plain| cutter.push(plain, &mut sink))
-                            .map_err(|error| error.to_string())?;
-                    } else if span.blob.start != self.at {
-                        return Err(format!("a span begins at {}, not at {}", span.blob.start, self.at));
-                    }
-                    self.current.insert((span, inflater))
-                }
-            };
-            if self.at == span.blob.end {
-                if let Some((_, inflater)) = self.current.take() {
-                    inflater.finish().map_err(|error| error.to_string())?;
-                }
-                continue;
-            }
-            if bytes.is_empty() {
-                break;
-            }
-            let left = usize::try_from(span.blob.end - self.at).unwrap_or(usize::MAX);
-            let (now, rest) = bytes.split_at(bytes.len().min(left));
-            let cutter = &mut self.cutter;
-            inflater.push(now, &mut |plain| cutter.push(plain, &mut sink)).map_err(|error| error.to_string())?;
-            self.at += now.len() as u64;
-            self.before = now.last().copied();
-            bytes = rest;
-        }
-        Ok(chunks)
     }
 }
