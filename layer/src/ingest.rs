@@ -14,7 +14,7 @@ use crate::index::{
     Compression, Header, HeaderError, HeaderFacts, Index, SPAN_BLOB_MAX, SPAN_DEVICE_MAX, SectionFacts, SpansEncoder,
     Start as EncodedStart, WINDOW_MAX, encode_entries,
 };
-use crate::inflate::{GzipReader, InflateError, Stop, WindowProbe};
+use crate::inflate::{GzipReader, InflateError, Stop, WindowProbe, ZstdReader};
 use crate::tar::{self, TarError};
 use crate::tree::DEVICE_SIZE_MAX;
 
@@ -32,8 +32,8 @@ pub type ChunkFn<'a> = dyn FnMut(ChunkIndex, &[u8], ChunkDigest) + 'a;
 pub struct Options {
     /// log2 of the chunk size; within [`CHUNK_LOG2_RANGE`](crate::chunk::CHUNK_LOG2_RANGE).
     pub chunk_log2: u8,
-    /// Device bytes after which a span ends at the next deflate block. It ends at the next gzip member after half of it: such
-    /// a checkpoint costs nothing, but an eStargz blob has a member for each file. At least 2.
+    /// Device bytes after which a span ends at the next deflate block. It ends at the next gzip member or zstd frame after half
+    /// of it: such a checkpoint costs nothing, but an eStargz or zstd:chunked blob has one for each file. At least 2.
     pub span_len: u64,
     /// Largest device to accept, in bytes: the bound for a blob that inflates without end.
     pub device_size_max: u64,
@@ -121,6 +121,7 @@ enum Decoder {
     Detecting(Vec<u8>),
     Plain,
     Gzip(Box<GzipReader>),
+    Zstd(Box<ZstdReader>),
     /// The content failed: the rest of the blob is only hashed.
     Stopped,
 }
@@ -189,14 +190,15 @@ impl Ingest {
         if let Some(failure) = self.failure {
             return Err(failure);
         }
-        let compression = match &self.decoder {
-            Decoder::Gzip(reader) if !reader.may_end() => {
-                let source = InflateError::CutOff { offset: reader.blob_offset(), device: self.device.len() };
-                return Err(IngestError::Inflate { blob, source });
-            }
-            Decoder::Gzip(_) => Compression::Gzip,
-            Decoder::Plain | Decoder::Detecting(_) | Decoder::Stopped => Compression::None,
+        let (compression, may_end) = match &self.decoder {
+            Decoder::Gzip(reader) => (Compression::Gzip, reader.may_end()),
+            Decoder::Zstd(reader) => (Compression::Zstd, reader.may_end()),
+            Decoder::Plain | Decoder::Detecting(_) | Decoder::Stopped => (Compression::None, true),
         };
+        if !may_end {
+            let source = InflateError::CutOff { offset: self.blob_read, device: self.device.len() };
+            return Err(IngestError::Inflate { blob, source });
+        }
         let blob_size = self.blob_read;
         let unsupported = |reason: String| IngestError::Unsupported { blob, reason };
         let parts = self.device.finish(sink);
@@ -267,12 +269,12 @@ impl Ingest {
         self.decoder = match compression {
             Compression::None => Decoder::Plain,
             Compression::Gzip => {
-                self.spans.candidate = Some(Start { place: Place { blob: 0, device: 0 }, block: None });
+                self.spans.begin(EncodedStart::Member);
                 Decoder::Gzip(Box::new(GzipReader::at_member(0)))
             }
             Compression::Zstd => {
-                self.fail_unsupported("zstd layers are not supported yet");
-                Decoder::Stopped
+                self.spans.begin(EncodedStart::Frame);
+                Decoder::Zstd(Box::new(ZstdReader::at_frame(0)))
             }
         };
     }
@@ -295,6 +297,13 @@ impl Ingest {
             Decoder::Gzip(reader) => {
                 if let Err(source) = inflate(reader, input, &mut self.device, &mut self.spans, sink, &self.options) {
                     self.failure = Some(IngestError::Inflate { blob: self.blob, source });
+                }
+            }
+            Decoder::Zstd(reader) => {
+                match decode_frames(reader, input, &mut self.device, &mut self.spans, sink, &self.options) {
+                    Ok(()) => {}
+                    Err(error @ InflateError::Window { .. }) => self.fail_unsupported(&error.to_string()),
+                    Err(source) => self.failure = Some(IngestError::Inflate { blob: self.blob, source }),
                 }
             }
             Decoder::Detecting(_) | Decoder::Stopped => return,
@@ -340,7 +349,7 @@ fn inflate(
         match read.stop {
             Stop::Input => return Ok(()),
             Stop::Output => {}
-            Stop::MemberEnd => spans.member(Place { blob: reader.blob_offset(), device: device.len() }),
+            Stop::End => spans.boundary(Place { blob: reader.blob_offset(), device: device.len() }),
             Stop::Block { blob_offset, bits, first } => {
                 let window_len = reader.member_len().min(WINDOW_MAX as u64) as usize;
                 let place = Place { blob: blob_offset, device: device.len() };
@@ -351,10 +360,35 @@ fn inflate(
     Ok(())
 }
 
+/// Decodes all of `input` into the device. Spans start at frames only, which the decoder stops at by itself.
+fn decode_frames(
+    reader: &mut ZstdReader,
+    mut input: &[u8],
+    device: &mut Device,
+    spans: &mut SpanStarts,
+    sink: &mut ChunkFn<'_>,
+    options: &Options,
+) -> Result<(), InflateError> {
+    while device.len() <= options.device_size_max {
+        let read = reader.read(input, device.room())?;
+        input = input.get(read.consumed..).unwrap_or_default();
+        device.filled(read.produced, sink);
+        spans.reached(device.len());
+        match read.stop {
+            Stop::Input => return Ok(()),
+            Stop::End => spans.boundary(Place { blob: reader.blob_offset(), device: device.len() }),
+            Stop::Output | Stop::Block { .. } => {}
+        }
+    }
+    Ok(())
+}
+
 /// Chooses among the places where a span can start.
 struct SpanStarts {
     encoder: SpansEncoder,
     span_len: u64,
+    /// What a span begins with that needs no window: a gzip member or a zstd frame.
+    free: EncodedStart<'static>,
     /// Where the newest span starts.
     last: Option<Place>,
     /// A start that counts once output follows it, so that no span is empty.
@@ -375,7 +409,7 @@ struct Place {
 
 struct Start {
     place: Place,
-    /// Bits and window of a block; none at a member's start.
+    /// Bits and window of a block; none at the start of a member or frame.
     block: Option<(u8, Box<WindowProbe>)>,
 }
 
@@ -384,6 +418,7 @@ impl SpanStarts {
         Self {
             encoder: SpansEncoder::new(),
             span_len: span_len.max(2),
+            free: EncodedStart::Member,
             last: None,
             candidate: None,
             newest: None,
@@ -392,16 +427,22 @@ impl SpanStarts {
         }
     }
 
+    /// The blob begins with a member or a frame.
+    fn begin(&mut self, free: EncodedStart<'static>) {
+        self.free = free;
+        self.candidate = Some(Start { place: Place { blob: 0, device: 0 }, block: None });
+    }
+
     /// How much output may come in one go before block boundaries matter; 0: they matter now. Members always do.
     fn free_run(&self, device: u64) -> u64 {
         let newest = self.candidate.as_ref().map(|candidate| candidate.place).or(self.last);
         newest.map_or(0, |newest| (newest.device + self.span_len - 1).saturating_sub(device))
     }
 
-    /// A member could start at `place`, and a span with it. The last one in front of the same byte of the device wins, also
-    /// against blocks: it needs no window and leaves the fewest blob bytes to the span.
-    fn member(&mut self, place: Place) {
-        // The first span starts at the blob's start, also where empty members come first.
+    /// A member or frame could start at `place`, and a span with it. The last one in front of the same byte of the device wins,
+    /// also against blocks: it needs no window and leaves the fewest blob bytes to the span.
+    fn boundary(&mut self, place: Place) {
+        // The first span starts at the blob's start, also where empty members or skippable frames come first.
         if self.last.is_some_and(|last| place.device - last.device >= self.span_len / 2) {
             self.replace_candidate(Start { place, block: None });
         }
@@ -441,9 +482,10 @@ impl SpanStarts {
         let Some(Start { place, block }) = self.newest.take() else { return };
         let device_len = end.device - place.device;
         // One more for the byte that two spans share.
-        self.oversized |= end.blob - place.blob + 1 > SPAN_BLOB_MAX || device_len > SPAN_DEVICE_MAX;
+        let is_large = end.blob - place.blob + 1 > SPAN_BLOB_MAX || device_len > SPAN_DEVICE_MAX;
+        self.oversized |= is_large && self.free != EncodedStart::Frame;
         match block {
-            None => self.encoder.push(place.blob, place.device, EncodedStart::Member),
+            None => self.encoder.push(place.blob, place.device, self.free),
             Some((bits, probe)) => {
                 let window = probe.sparse_window(device_len);
                 self.encoder.push(place.blob, place.device, EncodedStart::Deflate { bits, window: &window });

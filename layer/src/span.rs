@@ -1,7 +1,7 @@
 //! Inflating one span of a blob by itself: random access for whoever has the blob.
 
 use crate::index::{Checkpoint, Span};
-use crate::inflate::{GzipReader, Stop};
+use crate::inflate::{GzipReader, Stop, ZstdReader};
 
 pub use crate::inflate::InflateError;
 
@@ -30,6 +30,16 @@ pub struct SpanInflater {
 enum Decoder {
     Plain { blob_offset: u64 },
     Gzip(Box<GzipReader>),
+    Zstd(Box<ZstdReader>),
+}
+
+/// What [`SpanInflater::step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// How many of the bytes were taken.
+    pub taken: usize,
+    /// All were taken, and nothing more comes of them.
+    pub needs_more: bool,
 }
 
 impl SpanInflater {
@@ -38,6 +48,7 @@ impl SpanInflater {
         let offset = span.blob.start;
         let decoder = match &span.checkpoint {
             Checkpoint::Plain => Decoder::Plain { blob_offset: offset },
+            Checkpoint::FrameStart => Decoder::Zstd(Box::new(ZstdReader::at_frame(offset))),
             Checkpoint::MemberStart => Decoder::Gzip(Box::new(GzipReader::at_member(offset))),
             Checkpoint::Deflate { bits, window } => {
                 let window = window.unpack().map_err(|_| InflateError::Checkpoint { offset })?;
@@ -47,38 +58,49 @@ impl SpanInflater {
         let device_len = span.device.end.saturating_sub(span.device.start);
         let output = match decoder {
             Decoder::Plain { .. } => Vec::new(),
-            Decoder::Gzip(_) => vec![0; OUTPUT_LEN],
+            Decoder::Gzip(_) | Decoder::Zstd(_) => vec![0; OUTPUT_LEN],
         };
         Ok(Self { decoder, remaining: device_len, device_len, output })
     }
 
     /// Takes the next bytes of the span's blob range; those behind the last that is needed are ignored.
     pub fn push(&mut self, blob: &[u8], out: &mut dyn FnMut(&[u8])) -> Result<(), InflateError> {
-        match &mut self.decoder {
-            Decoder::Plain { blob_offset } => {
-                let take = blob.len().min(usize::try_from(self.remaining).unwrap_or(usize::MAX));
-                blob.get(..take).unwrap_or_default().chunks(OUTPUT_LEN).for_each(out);
-                self.remaining -= take as u64;
-                *blob_offset += take as u64;
-            }
-            Decoder::Gzip(reader) => {
-                let mut rest = blob;
-                while self.remaining > 0 {
-                    let len = self.output.len().min(usize::try_from(self.remaining).unwrap_or(usize::MAX));
-                    let room = self.output.get_mut(..len).unwrap_or_default();
-                    let read = reader.read(rest, room, false)?;
-                    rest = rest.get(read.consumed..).unwrap_or_default();
-                    if read.produced > 0 {
-                        self.remaining -= read.produced as u64;
-                        out(self.output.get(..read.produced).unwrap_or_default());
-                    }
-                    if read.stop == Stop::Input {
-                        break;
-                    }
-                }
+        let mut rest = blob;
+        loop {
+            let step = self.step(rest, out)?;
+            rest = rest.get(step.taken..).unwrap_or_default();
+            if step.needs_more {
+                return Ok(());
             }
         }
-        Ok(())
+    }
+
+    /// The same in small steps, for who must not be held up: a few bytes can inflate to any number. Takes some of the bytes and
+    /// gives at most 128 KiB for them.
+    pub fn step(&mut self, blob: &[u8], out: &mut dyn FnMut(&[u8])) -> Result<Step, InflateError> {
+        let len = OUTPUT_LEN.min(usize::try_from(self.remaining).unwrap_or(OUTPUT_LEN));
+        if len == 0 {
+            return Ok(Step { taken: blob.len(), needs_more: true });
+        }
+        let room = self.output.get_mut(..len).unwrap_or_default();
+        let read = match &mut self.decoder {
+            Decoder::Plain { blob_offset } => {
+                let bytes = blob.get(..len).unwrap_or(blob);
+                *blob_offset += bytes.len() as u64;
+                self.remaining -= bytes.len() as u64;
+                if !bytes.is_empty() {
+                    out(bytes);
+                }
+                return Ok(Step { taken: bytes.len(), needs_more: bytes.len() == blob.len() });
+            }
+            Decoder::Gzip(reader) => reader.read(blob, room, false)?,
+            Decoder::Zstd(reader) => reader.read(blob, room)?,
+        };
+        if read.produced > 0 {
+            self.remaining -= read.produced as u64;
+            out(self.output.get(..read.produced).unwrap_or_default());
+        }
+        Ok(Step { taken: read.consumed, needs_more: read.stop == Stop::Input })
     }
 
     /// Device bytes given so far.
@@ -99,6 +121,7 @@ impl SpanInflater {
         let offset = match &self.decoder {
             Decoder::Plain { blob_offset } => *blob_offset,
             Decoder::Gzip(reader) => reader.blob_offset(),
+            Decoder::Zstd(reader) => reader.blob_offset(),
         };
         Err(InflateError::CutOff { offset, device: self.device_read() })
     }

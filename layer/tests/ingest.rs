@@ -2,7 +2,10 @@
 
 mod blobs;
 
-use blobs::{bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest, ingest_in, tar};
+use blobs::{
+    bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest, ingest_in, tar, zstd, zstd_chunked, zstd_frames,
+    zstd_skippable,
+};
 use layer::entry::Kind;
 use layer::index::{self, Checkpoint, ChunkDigests, Compression, Header, Index, Spans};
 use layer::ingest::{IngestError, Options, SPAN_LEN};
@@ -101,6 +104,103 @@ fn flushed_blocks_start_at_bytes() {
     assert!(spans.all().len() >= 2);
 }
 
+/// However large: nothing inside a frame can be read by itself.
+#[test]
+fn one_zstd_frame_is_one_span() {
+    let device = large_device(9);
+    for (checksum, size) in [(false, false), (false, true), (true, false), (true, true)] {
+        let blob = zstd(&device, 3, checksum, size);
+        for compression in [None, Compression::of_media_type("application/vnd.oci.image.layer.v1.tar+zstd")] {
+            let (index, plain) = ingest_in(&blob, 70_000, compression, Options::default()).unwrap();
+            assert!(plain == device);
+            assert_eq!(index.header.compression(), Compression::Zstd);
+            let spans = check(&blob, &device, &index);
+            let [span] = spans.all() else { panic!("{} spans", spans.all().len()) };
+            assert_eq!((span.blob.clone(), span.checkpoint.clone()), (0..blob.len() as u64, Checkpoint::FrameStart));
+        }
+    }
+}
+
+#[test]
+fn zstd_frames_are_free_checkpoints_of_merged_spans() {
+    let device = large_device(7);
+    for blob in [zstd_frames(&device, 3000, 3), zstd_chunked(&device, 3000, 3)] {
+        let index = ingest(&blob).unwrap();
+        let spans = check(&blob, &device, &index);
+        assert!(spans.all().iter().all(|span| span.checkpoint == Checkpoint::FrameStart));
+        for span in &spans.all()[..spans.all().len() - 1] {
+            let len = span.device.end - span.device.start;
+            assert!((SPAN_LEN / 2..SPAN_LEN / 2 + 3000).contains(&len), "{len}");
+        }
+    }
+    // Frames that are larger than a span stay whole.
+    let spans = check(&zstd_frames(&device, 3 << 20, 3), &device, &ingest(&zstd_frames(&device, 3 << 20, 3)).unwrap());
+    assert_eq!(spans.all()[1].device, 3 << 20..6 << 20);
+}
+
+#[test]
+fn a_zstd_blob_without_content_is_an_empty_layer() {
+    for blob in
+        [zstd(&[], 3, true, true), zstd_skippable(0, 9), [zstd_skippable(7, 0), zstd(&[], 1, false, false)].concat()]
+    {
+        let index = ingest(&blob).unwrap();
+        assert_eq!((index.header.device_size(), index.header.span_count()), (0, 0));
+        check(&blob, &[], &index);
+    }
+}
+
+/// As containerd's decoder has it: nothing but frames, all of them whole, in memory that has a bound.
+#[test]
+fn broken_zstd_is_refused() {
+    let device = tar(&[bytes(1, 300_000, 200)]);
+    let good = zstd(&device, 3, true, true);
+    let inflate_error = |blob: &[u8]| match ingest(blob) {
+        Err(IngestError::Inflate { source, .. }) => source,
+        other => panic!("{other:?}"),
+    };
+    for tail in [&b"junk"[..], &[0; 512], &gzip(b"x", 1)] {
+        let offset = good.len() as u64 + 4;
+        let error = inflate_error(&[&good, tail].concat());
+        assert_eq!(error, InflateError::Frame { offset, reason: "no frame begins here" });
+    }
+    let cut = |len: usize, blob: &[u8]| match inflate_error(&blob[..len]) {
+        InflateError::CutOff { offset, .. } => assert_eq!(offset, len as u64),
+        other => panic!("cut at {len}: {other:?}"),
+    };
+    for len in [5, 9, 17, 1000, good.len() / 2, good.len() - 4, good.len() - 1] {
+        cut(len, &good);
+    }
+    let chunked = zstd_chunked(&device, 3000, 3);
+    cut(chunked.len() - 1, &chunked);
+    cut(good.len() + 2, &[&good[..], &[0x28, 0xb5]].concat());
+
+    let mut flipped = good.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    assert!(matches!(inflate_error(&flipped), InflateError::Frame { .. }), "the checksum is wrong");
+    // A window of 64 MiB: good for whoever has the memory, so the layer is declined and not called broken.
+    let large = [&[0x28, 0xb5, 0x2f, 0xfd, 0, 16 << 3, 1, 0, 0][..], &good].concat();
+    match ingest(&large) {
+        Err(IngestError::Unsupported { reason, .. }) => assert!(reason.contains("67108864"), "{reason}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Blocks of repeated bytes: 128 KiB of output for each 4 bytes.
+#[test]
+fn a_zstd_bomb_stops_at_the_limit() {
+    let mut blob = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 10 << 3];
+    for _ in 0..200_000 {
+        blob.extend_from_slice(&((1 << 17 << 3 | 1 << 1) as u32).to_le_bytes()[..3]);
+        blob.push(0);
+    }
+    let options = Options { device_size_max: 1 << 20, ..Options::default() };
+    let mut given = 0;
+    let mut ingest = layer::ingest::Ingest::new(Digest::of(&blob), None, None, options).unwrap();
+    ingest.push(&blob, &mut |_, plain, _| given += plain.len()).unwrap();
+    assert!(matches!(ingest.failure(), Some(IngestError::Unsupported { .. })), "{:?}", ingest.failure());
+    assert!(given < 2 << 20, "{given}");
+}
+
 #[test]
 fn plain_tar() {
     let device = large_device(7);
@@ -115,8 +215,15 @@ fn plain_tar() {
 #[test]
 fn index_depends_on_the_blob_alone() {
     let device = large_device(5);
-    for blob in [gzip(&device, 6), gzip_members(&device, 100_000, 6), gzip_flushed(&device, 65_536, 1), device.clone()]
-    {
+    for blob in [
+        gzip(&device, 6),
+        gzip_members(&device, 100_000, 6),
+        gzip_flushed(&device, 65_536, 1),
+        zstd(&device, 3, true, false),
+        zstd_frames(&device, 100_000, 3),
+        zstd_chunked(&device, 100_000, 3),
+        device.clone(),
+    ] {
         let whole = ingest(&blob).unwrap();
         for piece_len in [4093, 65_536, 1_000_003] {
             let (index, _) = ingest_in(&blob, piece_len, None, Options::default()).unwrap();
@@ -247,8 +354,6 @@ fn broken_and_unsupported_content_is_told_at_the_end() {
     let size_at = blob.len() - 4;
     blob[size_at] ^= 1;
     assert!(matches!(ingest(&blob), Err(IngestError::Inflate { source: InflateError::Member { .. }, .. })));
-    let zstd = [&[0x28, 0xb5, 0x2f, 0xfd][..], &[0; 100]].concat();
-    assert!(matches!(ingest(&zstd), Err(IngestError::Unsupported { .. })));
     let mut broken = device.clone();
     broken[0] ^= 1;
     let blob = gzip(&broken, 6);
@@ -322,7 +427,7 @@ proptest! {
         lens in prop::collection::vec(0usize..100_000, 0..12),
         noise in any::<u8>(),
         level in 0u32..=9,
-        style in 0..4,
+        style in 0..7,
         member_len in 1usize..200_000,
         piece_len in 1usize..300_000,
         chunk_log2 in 12u8..=20,
@@ -334,6 +439,9 @@ proptest! {
             0 => gzip(&device, level),
             1 => gzip_members(&device, member_len.max(2000), level),
             2 => gzip_flushed(&device, member_len, level),
+            3 => zstd(&device, level as i32, noise % 2 == 0, noise % 3 == 0),
+            4 => zstd_frames(&device, member_len.max(2000), level as i32),
+            5 => zstd_chunked(&device, member_len.max(2000), level as i32),
             _ => device.clone(),
         };
         let options = Options { chunk_log2, span_len: 1 << span_len_log2, ..Options::default() };

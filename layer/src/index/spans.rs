@@ -11,11 +11,11 @@ use crate::chunk::Geometry;
 /// Bytes of deflate's window (RFC 1951, 2: distances up to 32 768).
 pub const WINDOW_MAX: usize = 1 << 15;
 
-/// Most device bytes of one span: who inflates it may hold it in memory. Chosen: deflate encoders end a block after at most
-/// a few MiB; a blob with longer ones has no use as a lazy layer.
+/// Most device bytes of one span, but of a zstd blob's: most of them are one frame, and so one span, however large. Chosen:
+/// deflate encoders end a block after at most a few MiB; a blob with longer ones has no use as a lazy layer.
 pub const SPAN_DEVICE_MAX: u64 = 1 << 30;
 
-/// Most blob bytes of one span, for who fetches it whole. Chosen as above; only blobs made of empty blocks come near.
+/// Most blob bytes of one span, with the same exception. Chosen as above; only blobs made of empty blocks come near.
 pub const SPAN_BLOB_MAX: u64 = 1 << 30;
 
 /// Level of the zstd frames of windows. Chosen: there is one in 4 MiB, so that its time does not show.
@@ -24,6 +24,7 @@ const WINDOW_LEVEL: i32 = 9;
 const KIND_PLAIN: u8 = 0;
 const KIND_MEMBER: u8 = 1;
 const KIND_DEFLATE: u8 = 2;
+const KIND_FRAME: u8 = 3;
 
 /// Bytes of one record of the table.
 const RECORD_LEN: usize = 8 + 8 + 4 + 2 + 1 + 1;
@@ -53,6 +54,8 @@ pub enum Checkpoint {
     Plain,
     /// A gzip member starts here.
     MemberStart,
+    /// A zstd frame starts here, maybe a skippable one.
+    FrameStart,
     /// A deflate block starts here, inside a gzip member.
     Deflate {
         /// How many high bits of the span's first byte belong to the block, 1 to 7; 0: the block starts with that byte.
@@ -159,6 +162,10 @@ fn parse_spans(header: &Header, bytes: &[u8]) -> Result<Vec<Span>, SpansError> {
         });
     }
     let mut spans = Vec::with_capacity(records.len());
+    let [blob_max, device_max] = match header.compression() {
+        Compression::None | Compression::Gzip => [SPAN_BLOB_MAX, SPAN_DEVICE_MAX],
+        Compression::Zstd => [u64::MAX; 2],
+    };
     for (number, record) in (0u32..).zip(&records) {
         let error = |reason| SpansError::Span(number, reason);
         let next = records.get(number as usize + 1);
@@ -171,16 +178,17 @@ fn parse_spans(header: &Header, bytes: &[u8]) -> Result<Vec<Span>, SpansError> {
         if number == 0 && (device.start != 0 || blob.start != 0) {
             return Err(error("the first span does not start at 0"));
         }
-        if device.is_empty() || device.end > header.device_size() || device.end - device.start > SPAN_DEVICE_MAX {
+        if device.is_empty() || device.end > header.device_size() || device.end - device.start > device_max {
             return Err(error("the device range cannot be"));
         }
-        if blob.is_empty() || blob.end > header.blob_size() || blob.end - blob.start > SPAN_BLOB_MAX {
+        if blob.is_empty() || blob.end > header.blob_size() || blob.end - blob.start > blob_max {
             return Err(error("the blob range cannot be"));
         }
         let packed = cursor.take(u64::from(record.packed_len))?;
         let checkpoint = match (header.compression(), record.kind, record.bits, record.plain_len, packed.len()) {
             (Compression::None, KIND_PLAIN, 0, 0, 0) if blob == device => Checkpoint::Plain,
             (Compression::Gzip, KIND_MEMBER, 0, 0, 0) => Checkpoint::MemberStart,
+            (Compression::Zstd, KIND_FRAME, 0, 0, 0) => Checkpoint::FrameStart,
             (Compression::Gzip, KIND_DEFLATE, bits @ 0..=7, plain_len, packed_len)
                 if number > 0 && usize::from(plain_len) <= WINDOW_MAX && (plain_len == 0) == (packed_len == 0) =>
             {
@@ -210,6 +218,7 @@ pub(crate) struct SpansEncoder {
 pub(crate) enum Start<'a> {
     Plain,
     Member,
+    Frame,
     Deflate { bits: u8, window: &'a [u8] },
 }
 
@@ -228,6 +237,7 @@ impl SpansEncoder {
         let (kind, bits, window) = match start {
             Start::Plain => (KIND_PLAIN, 0, &[][..]),
             Start::Member => (KIND_MEMBER, 0, &[][..]),
+            Start::Frame => (KIND_FRAME, 0, &[][..]),
             Start::Deflate { bits, window } => (KIND_DEFLATE, bits, &window[window.len().saturating_sub(WINDOW_MAX)..]),
         };
         self.packed.clear();

@@ -4,8 +4,9 @@ use super::InflateError;
 use super::member::{MemberHeader, Parsed};
 use super::sys::{At, RawInflate};
 
-/// Reads the members of a gzip blob one after the other. The trailers' lengths are checked; their CRC-32 is not, because the
-/// blob's digest, the diffID and the chunk digests prove more.
+/// Reads the members of a gzip blob one after the other. The trailers' lengths are checked; their CRC-32 is not. containerd's
+/// decoder checks it, and then compares the digest of the device with the image's diffID. Drover compares that digest too (a
+/// node takes an index only under a chain id that its diffID belongs to), which proves more, at less cost.
 pub(crate) struct GzipReader {
     raw: RawInflate,
     state: State,
@@ -34,7 +35,7 @@ enum State {
     Junk,
 }
 
-/// What one call of [`GzipReader::read`] did.
+/// What one call of a reader did.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Read {
     pub(crate) consumed: usize,
@@ -42,7 +43,7 @@ pub(crate) struct Read {
     pub(crate) stop: Stop,
 }
 
-/// Why [`GzipReader::read`] came back.
+/// Why a reader came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
     /// All input is consumed.
@@ -58,8 +59,8 @@ pub(crate) enum Stop {
         /// That byte, where it was read already: if `bits` is not 0.
         first: u8,
     },
-    /// Behind a member's trailer: another member may follow.
-    MemberEnd,
+    /// Behind a member's trailer or a zstd frame: another may follow.
+    End,
 }
 
 impl GzipReader {
@@ -179,7 +180,7 @@ impl GzipReader {
                             });
                         }
                         self.state = State::Header(MemberHeader::next());
-                        break Stop::MemberEnd;
+                        break Stop::End;
                     }
                 }
                 State::Junk => {

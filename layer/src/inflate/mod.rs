@@ -1,13 +1,15 @@
-//! From a gzip blob to its device, with a stop wherever inflating can start again.
+//! From a compressed blob to its device, with a stop wherever inflating can start again.
 
 mod gzip;
 mod member;
 mod probe;
 #[allow(unsafe_code)]
 mod sys;
+mod zstd;
 
 pub(crate) use gzip::{GzipReader, Stop};
 pub(crate) use probe::WindowProbe;
+pub(crate) use zstd::ZstdReader;
 
 pub(crate) use crate::index::WINDOW_MAX;
 
@@ -27,6 +29,26 @@ pub enum InflateError {
     Deflate {
         /// Where it was seen.
         offset: u64,
+    },
+    /// A zstd frame is broken, or what stands behind one is none.
+    #[error("the zstd frame is broken near byte {offset} of the blob: {reason}")]
+    Frame {
+        /// Where it was seen.
+        offset: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A zstd frame may be good, but reading it would take too much memory.
+    #[error(
+        "the zstd frame at byte {offset} of the blob needs a window of {window} bytes; at most {max} are supported"
+    )]
+    Window {
+        /// Where its header ends.
+        offset: u64,
+        /// Bytes that it needs.
+        window: u64,
+        /// Bytes that it may need.
+        max: u64,
     },
     /// The blob or its part ends too early.
     #[error("the blob is cut off at byte {offset}: {device} bytes of the layer were inflated")]

@@ -112,6 +112,55 @@ pub(crate) fn gzip_flushed(device: &[u8], piece_len: usize, level: u32) -> Vec<u
     blob
 }
 
+/// One zstd frame; without `size` as an encoder writes that does not know how much will come.
+pub(crate) fn zstd(device: &[u8], level: i32, checksum: bool, size: bool) -> Vec<u8> {
+    use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer};
+    let mut packer = CCtx::create();
+    packer.set_parameter(CParameter::CompressionLevel(level)).unwrap();
+    packer.set_parameter(CParameter::ChecksumFlag(checksum)).unwrap();
+    let mut frame = Vec::with_capacity(zstd_safe::compress_bound(device.len()) + 64);
+    if size {
+        packer.compress2(&mut frame, device).unwrap();
+        return frame;
+    }
+    let mut output = OutBuffer::around(&mut frame);
+    let mut input = InBuffer::around(device);
+    while input.pos() < device.len() {
+        packer.compress_stream(&mut output, &mut input).unwrap();
+    }
+    while packer.end_stream(&mut output).unwrap() > 0 {}
+    frame
+}
+
+/// A frame for each piece of `piece_len` bytes, and one empty frame at the end.
+pub(crate) fn zstd_frames(device: &[u8], piece_len: usize, level: i32) -> Vec<u8> {
+    let mut blob: Vec<u8> = device.chunks(piece_len).flat_map(|piece| zstd(piece, level, false, true)).collect();
+    blob.extend(zstd(&[], level, true, true));
+    blob
+}
+
+/// The same with skippable frames before, between and behind them; zstd:chunked keeps its table of contents in such.
+pub(crate) fn zstd_chunked(device: &[u8], piece_len: usize, level: i32) -> Vec<u8> {
+    let mut blob = zstd_skippable(0, 3);
+    for (number, piece) in device.chunks(piece_len).enumerate() {
+        blob.extend(zstd(piece, level, number % 2 == 0, number % 3 == 0));
+        if number % 4 == 0 {
+            blob.extend(zstd_skippable(number as u8, number * 100));
+        }
+    }
+    blob.extend(zstd_skippable(15, 70_000));
+    blob.extend(zstd_skippable(1, 64));
+    blob
+}
+
+/// A frame without content (RFC 8878, 3.1.2).
+pub(crate) fn zstd_skippable(number: u8, len: usize) -> Vec<u8> {
+    let mut frame = vec![0x50 | number & 15, 0x2a, 0x4d, 0x18];
+    frame.extend_from_slice(&(len as u32).to_le_bytes());
+    frame.extend(std::iter::repeat_n(number, len));
+    frame
+}
+
 /// Ingests `blob` in pushes of `piece_len` bytes; also gives the device that came out, chunk by chunk.
 pub(crate) fn ingest_in(
     blob: &[u8],
