@@ -8,7 +8,10 @@ mod blobs;
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
-use blobs::{bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest_in, tar};
+use blobs::{
+    bytes, gzip, gzip_flushed, gzip_members, gzip_with_fields, ingest_in, tar, zstd, zstd_chunked, zstd_frames,
+    zstd_skippable,
+};
 use layer::ingest::Options;
 
 fn corpus(target: &str) -> PathBuf {
@@ -29,6 +32,16 @@ fn replay(target: &str, run: fn(&[u8])) {
 #[test]
 fn gzip_corpus() {
     replay("gzip", targets::gzip);
+}
+
+#[test]
+fn zstd_corpus() {
+    replay("zstd", targets::zstd);
+}
+
+#[test]
+fn erofs_corpus() {
+    replay("erofs", targets::erofs);
 }
 
 #[test]
@@ -64,6 +77,12 @@ fn write_seeds() {
     write("gzip", "flushed", &[&[9], &gzip_flushed(&device, 300, 6)]);
     write("gzip", "spans", &[&[255], &gzip_flushed(&tar(&[bytes(1, 500, 90).repeat(20)]), 700, 9)]);
     write("gzip", "junk", &[&[99], &gzip(&small, 6), &[0; 20]]);
+    write("zstd", "one", &[&[99], &zstd(&device, 3, true, true)]);
+    write("zstd", "streamed", &[&[5], &zstd(&device, 3, false, false)]);
+    write("zstd", "frames", &[&[9], &zstd_frames(&device, 700, 3)]);
+    write("zstd", "chunked", &[&[99], &zstd_chunked(&small, 1000, 3)[..]]);
+    write("zstd", "skippable", &[&[0], &zstd_skippable(3, 20), &zstd_skippable(4, 0)]);
+    write("zstd", "junk", &[&[99], &zstd(&small, 1, true, true), b"junk"]);
     write("tar", "device", &[&[99], &device]);
     write("tar", "small", &[&[255], &small]);
 
@@ -75,8 +94,15 @@ fn write_seeds() {
     let count = (index.header.entry_count() as u16).to_le_bytes();
     write("index", "entries", &[&[1], &count, &plain]);
     write("index", "packed-entries", &[&[2], &count, &index.entries]);
+    write("erofs", "alone", &[&[0], &count, &plain]);
+    write("erofs", "bottom", &[&[1], &count, &plain]);
+    write("erofs", "over-itself", &[&[2], &count, &plain]);
     let size = (index.header.device_size() as u32).to_le_bytes();
     write("index", "spans", &[&[3, 1, index.header.span_count() as u8], &size, &index.spans]);
+
+    let blob = zstd_frames(&tar(&[bytes(1, 500, 90).repeat(20)]), 700, 3);
+    let (index, _) = ingest_in(&blob, blob.len(), None, options).expect("good blob");
+    write("index", "frames", &[&[3, 2, index.header.span_count() as u8], &size, &index.spans]);
 
     let (mut encoder, mut frames) = (layer::wire::Encoder::new(), Vec::new());
     let device = [bytes(1, 4096, 10), bytes(2, 4096, 255), bytes(3, 900, 50)].concat();

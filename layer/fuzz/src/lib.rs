@@ -1,8 +1,10 @@
 //! What the fuzz targets do with their input: everything here must hold for any bytes.
 //!
 //! `layer`'s tests replay the corpus through the same functions on stable Rust. The seeds come from
-//! `cargo test -p layer --test corpus -- --ignored`; `cargo +nightly fuzz run gzip` (tar, index, wire) in `layer/` goes on.
+//! `cargo test -p layer --test corpus -- --ignored`; `cargo +nightly fuzz run gzip` (zstd, tar, index, erofs, wire) in `layer/` goes on.
 
+use layer::entry::Kind;
+use layer::erofs::{ImageError, ImageOptions, Stack, write_image};
 use layer::index::{self, ChunkDigests, Compression, HEADER_LEN, Header, Index, Spans};
 use layer::ingest::{Ingest, IngestError, Options};
 use layer::tar::{Limits, Scanner};
@@ -15,6 +17,15 @@ const DEVICE_MAX: u64 = 1 << 20;
 
 /// Input: how long the pushes are, then a blob. Its index is the same for every cut, and each span gives the device's bytes.
 pub fn gzip(input: &[u8]) {
+    blob(input);
+}
+
+/// The same; another corpus, so that the frames of zstd get their share of the time.
+pub fn zstd(input: &[u8]) {
+    blob(input);
+}
+
+fn blob(input: &[u8]) {
     let Some((push_len, blob)) = input.split_first() else { return };
     let (whole, device) = ingest(blob, blob.len().max(1), None);
     let (again, _) = ingest(blob, usize::from(*push_len) + 1, None);
@@ -81,10 +92,52 @@ pub fn index(input: &[u8]) {
         _ => {
             let Some(([kind, spans, size @ ..], section)) = rest.split_first_chunk::<6>() else { return };
             let device_size = u64::from(u32::from_le_bytes(*size)) % DEVICE_MAX;
-            let numbers = Numbers { compression: kind % 2, spans: (*spans).into(), device_size, ..Numbers::default() };
+            let numbers = Numbers { compression: kind % 3, spans: (*spans).into(), device_size, ..Numbers::default() };
             parse_spans(numbers, section);
         }
     }
+}
+
+/// Input: flags, a number of entries, then the unpacked entries section. A tree that it holds gives the same image each time,
+/// alone and over itself, of a size that the tree bounds.
+pub fn erofs(input: &[u8]) {
+    let Some(([flags, count @ ..], plain)) = input.split_first_chunk::<3>() else { return };
+    let mut packed = Vec::with_capacity(zstd_safe::compress_bound(plain.len()));
+    zstd_safe::compress(&mut packed, plain, 1).expect("there is room");
+    let entries = u16::from_le_bytes(*count).into();
+    let numbers = Numbers { entries, device_size: DEVICE_MAX, spans: 1, compression: 1 };
+    let Some(header) = forge(numbers, [(&packed, plain.len() as u64), (&[], 0), (&[], 0)]) else { return };
+    let Ok(tree) = index::parse_entries(&header, &packed) else { return };
+    // An inode, its names in a directory of half empty blocks, its attributes and target, and what its extents take.
+    let bound: usize = tree
+        .entries()
+        .iter()
+        .map(|entry| {
+            let xattrs: usize = entry.xattrs.iter().map(|xattr| 16 + xattr.name.len() + xattr.value.len()).sum();
+            let target = match &entry.kind {
+                Kind::Symlink { target } => target.len(),
+                Kind::Regular { size, .. } => *size as usize / 512 * 8,
+                _ => 0,
+            };
+            2048 + 4 * entry.path.len() + 2 * xattrs + 2 * target
+        })
+        .sum();
+    let options = ImageOptions { device_size: DEVICE_MAX, bottom: flags & 1 != 0, uuid: [*flags; 16] };
+    let lower = [&tree];
+    let image = || {
+        let mut image = Vec::new();
+        let stack = Stack::new(if flags & 2 != 0 { &lower } else { &[] });
+        match write_image(&tree, &options, &stack, &mut image) {
+            Ok(summary) => {
+                assert_eq!(summary.size, image.len() as u64);
+                assert!(image.len() <= 4096 + bound, "{} bytes of at most {bound}", image.len());
+                Some(image)
+            }
+            Err(ImageError::Unsupported(_)) => None,
+            Err(ImageError::Write(error)) => panic!("a vector takes everything: {error}"),
+        }
+    };
+    assert!(image() == image());
 }
 
 /// Input: a device size, how long the pushes are, then frames. What is decoded has its chunk's length and can be sent again.
