@@ -28,6 +28,8 @@ pub struct BlobRef {
     pub size: u64,
     /// OCI or Docker media type; empty where it is not known.
     pub media_type: String,
+    /// Where else the blob may be had (`urls` of its descriptor, as foreign layers have); tried before the registry.
+    pub urls: Vec<String>,
 }
 
 impl fmt::Display for BlobRef {

@@ -76,6 +76,7 @@ impl LazyLayers for Lazy {
             digest: diff_id,
             size: 1,
             media_type: String::new(),
+            urls: Vec::new(),
         };
         let (parent, labels) = (request.parent, request.labels.clone());
         let backing = LazyBacking::new(&blob, diff_id, ChainId::bottom(diff_id));

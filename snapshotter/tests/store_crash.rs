@@ -253,7 +253,14 @@ fn open(root: &Path) -> Store {
 
 fn backing(name: &str) -> LazyBacking {
     let digest = Digest::of(name.as_bytes());
-    let blob = BlobRef { registry: "r".into(), repository: "a".into(), digest, size: 1, media_type: String::new() };
+    let blob = BlobRef {
+        registry: "r".into(),
+        repository: "a".into(),
+        digest,
+        size: 1,
+        media_type: String::new(),
+        urls: Vec::new(),
+    };
     LazyBacking::new(&blob, digest, ChainId::bottom(digest))
 }
 

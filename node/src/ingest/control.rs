@@ -49,6 +49,7 @@ impl Control for ControlService {
             digest,
             size: request.blob_size,
             media_type: request.media_type,
+            urls: request.urls,
         };
         let phase = self.ingester.ask(&blob).await.map_err(|error| status(&error))?;
         Ok(Response::new(events(phase)))

@@ -127,6 +127,7 @@ impl FakeRegistry {
             digest,
             size,
             media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+            urls: Vec::new(),
         }
     }
 

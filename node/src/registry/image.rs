@@ -151,6 +151,7 @@ fn layers(image: &ImageRef, found: &Manifest) -> Result<Image, ImageError> {
             digest: digest(descriptor)?,
             size: descriptor.size(),
             media_type: descriptor.media_type().to_string(),
+            urls: descriptor.urls().clone().unwrap_or_default(),
         })
     };
     let layers = manifest.layers().iter().map(blob).collect::<Result<Vec<_>, _>>().map_err(wrong)?;

@@ -228,6 +228,7 @@ impl Client {
             blob: blob.digest.to_string(),
             blob_size: blob.size,
             media_type: blob.media_type.clone(),
+            urls: blob.urls.clone(),
             registry: blob.registry.clone(),
             repository: blob.repository.clone(),
         };

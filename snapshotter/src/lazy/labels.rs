@@ -78,6 +78,7 @@ impl PullLabels {
             digest,
             size: 0,
             media_type: String::new(),
+            urls: Vec::new(),
         }
     }
 }

@@ -168,6 +168,7 @@ mod tests {
             repository: String::new(),
             blob_size: 0,
             media_type: String::new(),
+            urls: Vec::new(),
         };
         record(id, Kind::Committed, Backing::Lazy(backing))
     }

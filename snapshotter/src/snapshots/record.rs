@@ -72,6 +72,9 @@ pub struct LazyBacking {
     pub blob_size: u64,
     /// Media type of the blob; empty where it is not known.
     pub media_type: String,
+    /// Where else the blob may be had, as in [`BlobRef`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
 }
 
 impl LazyBacking {
@@ -85,6 +88,7 @@ impl LazyBacking {
             repository: blob.repository.clone(),
             blob_size: blob.size,
             media_type: blob.media_type.clone(),
+            urls: blob.urls.clone(),
         }
     }
 
@@ -96,6 +100,7 @@ impl LazyBacking {
             digest: self.blob,
             size: self.blob_size,
             media_type: self.media_type.clone(),
+            urls: self.urls.clone(),
         }
     }
 }
@@ -180,6 +185,7 @@ mod tests {
                 repository: "a/b".into(),
                 blob_size: 3,
                 media_type: "application/vnd.oci.image.layer.v1.tar+gzip".into(),
+                urls: Vec::new(),
             }),
         };
         let text = serde_json::to_string(&record).expect("serializes");

@@ -479,6 +479,7 @@ mod tests {
             repository: "a".into(),
             blob_size: 1,
             media_type: String::new(),
+            urls: Vec::new(),
         }
     }
 

@@ -344,6 +344,7 @@ mod tests {
             digest: Digest::of(b"blob"),
             size: 1,
             media_type: String::new(),
+            urls: Vec::new(),
         };
         LazyBacking::new(&blob, diff_id, ChainId::bottom(diff_id))
     }

@@ -190,6 +190,7 @@ async fn without_a_seeder_the_error_says_so() {
         digest: Digest::of(b""),
         size: 0,
         media_type: String::new(),
+        urls: Vec::new(),
     };
     let error = client(&[], &Security::Off).resolve(&blob).await.err().expect("none").to_string();
     assert!(error.contains("none is configured"), "{error}");
