@@ -3,7 +3,17 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(
-        ["containerd/snapshots.proto", "containerd/content.proto", "drover/control.proto", "drover/node.proto"],
+        [
+            "containerd/snapshots.proto",
+            "containerd/content.proto",
+            "containerd/images.proto",
+            "containerd/leases.proto",
+            "containerd/diff.proto",
+            "containerd/version.proto",
+            "containerd/introspection.proto",
+            "drover/control.proto",
+            "drover/node.proto",
+        ],
         ["proto"],
     )?;
     tonic_prost_build::configure().compile_fds(files)?;

@@ -1,5 +1,5 @@
-//! gRPC schemas and their generated code: containerd's Snapshots service (served), containerd's Content service (called)
-//! the mesh's control service (both) and the node's status service (both).
+//! gRPC schemas and their generated code: containerd's Snapshots service (served and called), those of containerd's other
+//! services that are called, the mesh's control service (both) and the node's status service (both).
 
 #![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
 #![allow(unreachable_pub, clippy::all, reason = "generated")]
@@ -17,6 +17,31 @@ pub mod containerd {
         pub mod content {
             pub mod v1 {
                 tonic::include_proto!("containerd.services.content.v1");
+            }
+        }
+        pub mod images {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.images.v1");
+            }
+        }
+        pub mod leases {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.leases.v1");
+            }
+        }
+        pub mod diff {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.diff.v1");
+            }
+        }
+        pub mod version {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.version.v1");
+            }
+        }
+        pub mod introspection {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.introspection.v1");
             }
         }
     }
