@@ -5,12 +5,20 @@
 //! - [`filter`]: containerd's filter language.
 //! - [`status`]: the one table from errors to gRPC codes.
 //! - [`sweep`]: deletion in the background.
-//! - [`content`]: client of containerd's content store.
+//! - [`connection`]: the way to containerd's own services.
+//! - [`content`]: client of its content store.
+//! - [`source`]: chunks out of a blob that is there.
+//! - [`about`]: its version, and how our plugin is configured in it.
 
+pub mod about;
+pub mod connection;
 pub mod content;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod filter;
 pub mod lazy;
 pub mod service;
+pub mod source;
 pub mod status;
 pub mod sweep;
 

@@ -16,11 +16,14 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::config::Config;
+use crate::containerd::about::About;
+use crate::containerd::connection::Connection;
 use crate::containerd::content::ContentStore;
 use crate::containerd::{Service, Sweeper};
 use crate::fuse::{self, DeviceMount, ReadAhead, SessionOptions};
-use crate::lazy::declined::Declined;
 use crate::lazy::devices::LayerDevices;
+use crate::lazy::hints::Hints;
+use crate::lazy::images::Images;
 use crate::lazy::prepare::ImageLayers;
 use crate::lazy::resolutions::Resolutions;
 use crate::mount::layers::LayerMounts;
@@ -91,9 +94,11 @@ pub async fn serve(
     handed.listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(handed.listener)?;
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
+    let about = About::new(&Connection::new(&config.containerd.socket));
+    let service = Service::new(layers.store.clone(), layers.clone(), sweeper).with_about(about);
     let mut server = std::pin::pin!(
         Server::builder()
-            .add_service(Service::new(layers.store.clone(), layers.clone(), sweeper).into_server())
+            .add_service(service.into_server())
             .add_service(NodeServer::new(StatusService(layers.clone())))
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
                 let _ = stopped.await;
@@ -137,14 +142,16 @@ fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> an
     );
     let security = Security::load(&config.security, Role::Node).context("cannot set up security")?;
     let resolver = Resolver::new(node.clone(), &config.seeder.addresses, &security, &config.registry);
+    let containerd = Connection::new(&config.containerd.socket);
+    let registries = config.registry.0.keys().cloned();
     Ok(ImageLayers {
         node,
         resolutions: Resolutions::new(Arc::new(resolver)),
         store,
         mounts,
-        content: ContentStore::connect(&config.containerd.socket),
+        images: Images::new(ContentStore::new(&containerd), registries),
+        hints: Arc::new(Hints::new(About::new(&containerd))),
         stall: config.prepare.stall,
         not_lazy,
-        declined: Declined::default(),
     })
 }

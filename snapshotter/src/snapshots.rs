@@ -7,6 +7,7 @@
 //! - [`record`]: what is stored of a snapshot.
 //! - [`records`]: the records in one redb file; containerd's rules on keys, parents and kinds.
 //! - [`directories`] of ordinary snapshots: `fs` and `work` in `<root>/snapshots/<id>`.
+//! - [`id_maps`]: ids of containers with a user namespace.
 //! - [`mounts`]: what containerd must mount to see a snapshot.
 //! - [`release`]: which lazy layers nobody refers to any more, safely against snapshots just being made of them.
 //! - [`store`]: all of these together, in crash order.
@@ -14,6 +15,7 @@
 
 pub mod directories;
 mod error;
+pub mod id_maps;
 pub mod mounts;
 pub mod record;
 pub mod records;
@@ -22,7 +24,8 @@ pub mod store;
 pub mod usage;
 
 pub use error::{OpenError, StoreError};
+pub use id_maps::{IdMaps, IdMapsError};
 pub use mounts::{LayerMounts, Mount};
 pub use record::{Backing, Kind, Labels, LazyBacking, Record, Snapshot, Usage};
 pub use release::{LayerHold, Release};
-pub use store::{LazyCommit, Store};
+pub use store::{Creation, LazyCommit, Store};

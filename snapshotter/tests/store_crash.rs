@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use layer::{ChainId, Digest};
 use node::source::BlobRef;
 use snapshotter::snapshots::mounts::LayerMounts;
-use snapshotter::snapshots::{Backing, Kind, Labels, LazyBacking, LazyCommit, Store, StoreError, Usage};
+use snapshotter::snapshots::{Backing, Creation, Kind, Labels, LazyBacking, LazyCommit, Store, StoreError, Usage};
 
 const ROOT: &str = "STORE_CRASH_ROOT";
 const SEED: &str = "STORE_CRASH_SEED";
@@ -176,7 +176,7 @@ fn perform(store: &Store, operation: &Operation) -> Result<Option<u64>, StoreErr
     match &operation.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["create", kind, key, below] => {
             let kind = if *kind == "view" { Kind::View } else { Kind::Active };
-            store.create(kind, key, parent(below).as_deref(), Labels::new())?;
+            store.create(Creation::new(kind, key, parent(below).as_deref()))?;
             id(key)
         }
         ["lazy", name, below] => {

@@ -1,29 +1,32 @@
-//! Client of containerd's content store: which blobs are on this machine already, and the small ones' bytes.
+//! Client of containerd's content store: which blobs are on this machine already, and their bytes.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
-use hyper_util::rt::TokioIo;
 use layer::Digest;
 use proto::containerd::services::content::v1 as wire;
 use proto::containerd::services::content::v1::content_client::ContentClient;
-use tokio::net::UnixStream;
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Request, Status};
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
 
-/// Deadline of one call. Chosen: containerd answers from its own disk, in milliseconds; it may be starting just now.
-const DEADLINE: Duration = Duration::from_secs(5);
+use super::connection::{Connection, DEADLINE, MESSAGE_BYTES_MAX, NamespaceError, request, within};
 
-/// Largest message that is taken; containerd sends content in pieces of 1 MiB.
-const MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// Marks the manifests among all content: they refer to a configuration.
+const MANIFESTS: &str = "labels.\"containerd.io/gc.ref.content.config\"";
 
-/// Containerd's content store behind its socket. Dialled when first used, and again whenever containerd was restarted.
+/// Most manifests of one namespace that are looked at. Chosen: a node has some hundred images.
+const MANIFESTS_MAX: usize = 10_000;
+
+/// Longest read of a part of a blob. Chosen: a span takes milliseconds from a disk that works.
+const READ_DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// Containerd's content store.
 #[derive(Debug, Clone)]
 pub struct ContentStore {
-    client: ContentClient<Channel>,
+    pub(super) client: ContentClient<Channel>,
     socket: PathBuf,
 }
 
@@ -36,24 +39,32 @@ pub struct Info {
     pub size: u64,
     /// Its labels, among them `containerd.io/distribution.source.REGISTRY`.
     pub labels: HashMap<String, String>,
+    /// When its labels changed last: every pull of an image that is here already sets them again.
+    pub updated: SystemTime,
 }
 
 /// Why the content store gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
     /// Not a namespace that a header can hold.
-    #[error("containerd namespace {namespace:?} is invalid")]
-    Namespace {
-        /// The namespace.
-        namespace: String,
-    },
-    /// The call failed.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// A call about one blob failed.
     #[error("content store at {socket}: cannot get {digest}")]
     Call {
         /// Containerd's socket.
         socket: PathBuf,
         /// The blob that was asked for.
         digest: Digest,
+        /// Containerd's answer, or why there is none.
+        #[source]
+        source: Box<Status>,
+    },
+    /// The list failed.
+    #[error("content store at {socket}: cannot list the manifests")]
+    List {
+        /// Containerd's socket.
+        socket: PathBuf,
         /// Containerd's answer, or why there is none.
         #[source]
         source: Box<Status>,
@@ -76,34 +87,52 @@ pub enum ContentError {
     },
 }
 
+/// The bytes of a part of a blob, as they come. They are not verified.
+#[derive(Debug)]
+pub struct ContentBody {
+    answer: Streaming<wire::ReadContentResponse>,
+    first: Option<Bytes>,
+    store: ContentStore,
+    digest: Digest,
+}
+
 impl ContentStore {
-    /// A client of the containerd behind `socket`. Does not connect yet. Must be called inside a Tokio runtime.
-    pub fn connect(socket: &Path) -> Self {
-        let path = socket.to_owned();
-        // The address is not used: the connector knows the socket.
-        let channel = Endpoint::from_static("http://containerd").connect_timeout(DEADLINE).connect_with_connector_lazy(
-            tower::service_fn(move |_: Uri| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            }),
-        );
-        let client = ContentClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        Self { client, socket: socket.to_owned() }
+    /// The content store of the containerd behind `connection`.
+    pub fn new(connection: &Connection) -> Self {
+        let client = ContentClient::new(connection.channel()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        Self { client, socket: connection.socket().to_owned() }
     }
 
     /// What is known of `digest` in `namespace`; `None` if it is not there.
     pub async fn info(&self, namespace: &str, digest: Digest) -> Result<Option<Info>, ContentError> {
-        let request = request(namespace, wire::InfoRequest { digest: digest.to_string() })?;
-        let answer = within_deadline(self.client.clone().info(request)).await;
-        match answer {
-            Ok(answer) => Ok(answer.into_inner().info.map(|info| Info {
-                digest,
-                size: u64::try_from(info.size).unwrap_or(0),
-                labels: info.labels,
-            })),
+        let request = request(namespace, wire::InfoRequest { digest: digest.to_string() }, DEADLINE)?;
+        match within(DEADLINE, self.client.clone().info(request)).await {
+            Ok(answer) => Ok(answer.into_inner().info.map(|info| Info::of(digest, info))),
             Err(status) if status.code() == Code::NotFound => Ok(None),
             Err(status) => Err(self.failed(digest, status)),
         }
+    }
+
+    /// The manifests of images in `namespace`, the one that was pulled last first.
+    pub async fn manifests(&self, namespace: &str) -> Result<Vec<Info>, ContentError> {
+        let request = request(namespace, wire::ListContentRequest { filters: vec![MANIFESTS.to_owned()] }, DEADLINE)?;
+        let transfer = async {
+            let mut answer = self.client.clone().list(request).await?.into_inner();
+            let mut manifests = Vec::new();
+            while let Some(part) = answer.message().await? {
+                let known = part.info.into_iter().filter_map(|info| Some(Info::of(info.digest.parse().ok()?, info)));
+                manifests.extend(known);
+                if manifests.len() > MANIFESTS_MAX {
+                    break;
+                }
+            }
+            Ok(manifests)
+        };
+        let list = within(DEADLINE, transfer).await;
+        let mut manifests =
+            list.map_err(|status| ContentError::List { socket: self.socket.clone(), source: Box::new(status) })?;
+        manifests.sort_by_key(|info| std::cmp::Reverse(info.updated));
+        Ok(manifests)
     }
 
     /// The bytes of `digest` in `namespace`, checked; `None` if it is not there. For manifests and configs: more than `limit`
@@ -114,7 +143,8 @@ impl ContentStore {
         if info.size > limit {
             return Err(too_large(info.size));
         }
-        let request = request(namespace, wire::ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 })?;
+        let whole = wire::ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 };
+        let request = request(namespace, whole, DEADLINE)?;
         let transfer = async {
             let mut answer = self.client.clone().read(request).await?.into_inner();
             let mut bytes = BytesMut::new();
@@ -126,7 +156,7 @@ impl ContentStore {
             }
             Ok(bytes.freeze())
         };
-        let bytes = match within_deadline(transfer).await {
+        let bytes = match within(DEADLINE, transfer).await {
             Ok(bytes) => bytes,
             Err(status) if status.code() == Code::NotFound => return Ok(None),
             Err(status) => return Err(self.failed(digest, status)),
@@ -140,95 +170,77 @@ impl ContentStore {
         Ok(Some(bytes))
     }
 
+    /// Opens the bytes `range` of `digest` in `namespace`; `None` if it is not there.
+    pub async fn open(
+        &self,
+        namespace: &str,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<Option<ContentBody>, ContentError> {
+        let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let part = wire::ReadContentRequest {
+            digest: digest.to_string(),
+            offset: number(range.start),
+            size: number(range.end.saturating_sub(range.start)),
+        };
+        let request = request(namespace, part, READ_DEADLINE)?;
+        let opened = async {
+            let mut answer = self.client.clone().read(request).await?.into_inner();
+            // Containerd says only here that it does not have the blob.
+            let first = answer.message().await?.map(|part| Bytes::from(part.data));
+            Ok((answer, first))
+        };
+        match within(DEADLINE, opened).await {
+            Ok((answer, first)) => Ok(Some(ContentBody { answer, first, store: self.clone(), digest })),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(self.failed(digest, status)),
+        }
+    }
+
     fn failed(&self, digest: Digest, status: Status) -> ContentError {
         ContentError::Call { socket: self.socket.clone(), digest, source: Box::new(status) }
     }
 }
 
-fn request<T>(namespace: &str, message: T) -> Result<Request<T>, ContentError> {
-    let namespace: MetadataValue<Ascii> =
-        namespace.parse().map_err(|_| ContentError::Namespace { namespace: namespace.to_owned() })?;
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", namespace);
-    request.set_timeout(DEADLINE);
-    Ok(request)
+impl ContentBody {
+    /// The next bytes; `None` after the last.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ContentError> {
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
+        }
+        let next = within(DEADLINE, self.answer.message()).await;
+        let part = next.map_err(|status| self.store.failed(self.digest, status))?;
+        Ok(part.map(|part| part.data.into()))
+    }
 }
 
-/// The server hears of the deadline too, but it may be the one that hangs.
-async fn within_deadline<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    tokio::time::timeout(DEADLINE, call)
-        .await
-        .unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {DEADLINE:?}"))))
+impl Info {
+    fn of(digest: Digest, info: wire::Info) -> Self {
+        let updated = info.updated_at.and_then(|time| SystemTime::try_from(time).ok());
+        Self {
+            digest,
+            size: u64::try_from(info.size).unwrap_or(0),
+            labels: info.labels,
+            updated: updated.unwrap_or(SystemTime::UNIX_EPOCH),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::pin::Pin;
-
-    use proto::containerd::services::content::v1::content_server::{Content, ContentServer};
-    use tokio::net::UnixListener;
-    use tokio_stream::Stream;
-    use tokio_stream::wrappers::UnixListenerStream;
-    use tonic::Response;
-
+    use super::super::fake::FakeContainerd;
     use super::*;
 
     const BLOB: &[u8] = b"{\"a\":1}";
 
-    /// Has [`BLOB`] in the namespace `here`, and other bytes under the digest of "lie".
-    struct Fake;
-
-    impl Fake {
-        fn find<T>(request: &Request<T>, digest: &str) -> Result<&'static [u8], Status> {
-            let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
-            if namespace != Some("here") || request.metadata().get("grpc-timeout").is_none() {
-                return Err(Status::not_found("content: not found"));
-            }
-            match digest {
-                digest if digest == Digest::of(BLOB).to_string() => Ok(BLOB),
-                digest if digest == Digest::of(b"lie").to_string() => Ok(b"truth"),
-                _ => Err(Status::not_found("content: not found")),
-            }
-        }
-    }
-
-    type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-    #[tonic::async_trait]
-    impl Content for Fake {
-        type ListStream = Parts<wire::ListContentResponse>;
-        type ReadStream = Parts<wire::ReadContentResponse>;
-
-        async fn info(&self, request: Request<wire::InfoRequest>) -> Result<Response<wire::InfoResponse>, Status> {
-            let bytes = Self::find(&request, &request.get_ref().digest)?;
-            let labels = HashMap::from([("containerd.io/distribution.source.r".to_owned(), "a".to_owned())]);
-            let digest = request.into_inner().digest;
-            let info = wire::Info { digest, size: bytes.len() as i64, labels, ..Default::default() };
-            Ok(Response::new(wire::InfoResponse { info: Some(info) }))
-        }
-
-        async fn list(&self, _: Request<wire::ListContentRequest>) -> Result<Response<Self::ListStream>, Status> {
-            Err(Status::unimplemented("not asked for"))
-        }
-
-        async fn read(&self, request: Request<wire::ReadContentRequest>) -> Result<Response<Self::ReadStream>, Status> {
-            let bytes = Self::find(&request, &request.get_ref().digest)?;
-            let parts = bytes.chunks(3).map(|part| Ok(wire::ReadContentResponse { offset: 0, data: part.into() }));
-            Ok(Response::new(Box::pin(tokio_stream::iter(parts.collect::<Vec<_>>()))))
-        }
-    }
-
     #[tokio::test]
     async fn reads_only_what_is_there_small_and_true() {
-        let folder = tempfile::tempdir().expect("temporary directory");
-        let socket = folder.path().join("containerd.sock");
-        let store = ContentStore::connect(&socket);
-        let digest = Digest::of(BLOB);
-        assert!(matches!(store.info("here", digest).await, Err(ContentError::Call { .. })), "nobody listens yet");
-
-        let incoming = UnixListenerStream::new(UnixListener::bind(&socket).expect("listens"));
-        let server = tonic::transport::Server::builder().add_service(ContentServer::new(Fake));
-        let server = tokio::spawn(server.serve_with_incoming(incoming));
+        let containerd = FakeContainerd::start();
+        let nobody = ContentStore::new(&Connection::new(&containerd.folder().join("nobody.sock")));
+        let store = containerd.content();
+        let digest = containerd.put("here", BLOB, &[("containerd.io/distribution.source.r", "a")]);
+        containerd.put_as("here", Digest::of(b"lie"), b"truth", &[]);
+        assert!(matches!(nobody.info("here", digest).await, Err(ContentError::Call { .. })));
 
         let info = store.info("here", digest).await.expect("asks").expect("is there");
         assert_eq!((info.size, info.labels["containerd.io/distribution.source.r"].as_str()), (7, "a"));
@@ -238,6 +250,21 @@ mod tests {
         assert!(matches!(store.read("here", digest, 6).await, Err(ContentError::TooLarge { size: 7, .. })));
         assert!(matches!(store.read("here", Digest::of(b"lie"), 99).await, Err(ContentError::Digest { .. })));
         assert!(matches!(store.info("line\nbreak", digest).await, Err(ContentError::Namespace { .. })));
-        server.abort();
+    }
+
+    #[tokio::test]
+    async fn opens_parts() {
+        let containerd = FakeContainerd::start();
+        let bytes: Vec<u8> = (0..10_000_u32).map(|n| n as u8).collect();
+        let digest = containerd.put("here", &bytes, &[]);
+        let store = containerd.content();
+        let mut body = store.open("here", digest, 100..9000).await.expect("opens").expect("is there");
+        let mut read = Vec::new();
+        while let Some(part) = body.next().await.expect("reads") {
+            read.extend_from_slice(&part);
+        }
+        assert_eq!(read, bytes[100..9000]);
+        containerd.remove("here", digest);
+        assert!(store.open("here", digest, 0..1).await.expect("asks").is_none());
     }
 }

@@ -312,6 +312,8 @@ mod tests {
                 updated: UNIX_EPOCH,
                 usage: Usage::default(),
                 backing: Backing::Ordinary,
+                declined: None,
+                id_maps: None,
             },
         }
     }

@@ -20,6 +20,8 @@ pub trait LazyLayers: Send + Sync + 'static {
 /// A `Prepare` that containerd would follow with a download and an unpack.
 #[derive(Debug, Clone, Copy)]
 pub struct PrepareLazy<'a> {
+    /// Containerd's name for this plugin.
+    pub snapshotter: &'a str,
     /// Key of the snapshot that containerd would unpack into.
     pub key: &'a str,
     /// Name of its parent, which exists and is committed.

@@ -14,14 +14,15 @@ use proto::containerd::types;
 use tokio_stream::Stream;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
-use tracing::{debug, error, info};
+use tracing::{debug, error};
 
+use super::about::About;
 use super::filter::Filter;
 use super::lazy::{LazyLayers, LazyOutcome, PrepareLazy};
 use super::status::ServiceError;
 use super::sweep::Sweeper;
 use crate::snapshots::store::SNAPSHOT_REF;
-use crate::snapshots::{Kind, Labels, Mount, Snapshot, Store, StoreError};
+use crate::snapshots::{Creation, IdMaps, Kind, Labels, Mount, Snapshot, Store, StoreError};
 
 /// Snapshots in one message of `List`. Containerd's own service sends as many; its client takes messages of 16 MiB, a
 /// snapshot's labels are some KiB.
@@ -33,12 +34,19 @@ pub struct Service<L> {
     store: Arc<Store>,
     lazy: Arc<L>,
     sweeper: Arc<Sweeper<L>>,
+    about: Option<About>,
 }
 
 impl<L: LazyLayers> Service<L> {
     /// A service over `store`. The caller must also run [`Sweeper::run`] of `sweeper`.
     pub fn new(store: Arc<Store>, lazy: Arc<L>, sweeper: Arc<Sweeper<L>>) -> Self {
-        Self { store, lazy, sweeper }
+        Self { store, lazy, sweeper, about: None }
+    }
+
+    /// Lets `about` say whether containerd leaves the ids of containers with a user namespace to its snapshotters. Without it
+    /// their labels are believed.
+    pub fn with_about(self, about: About) -> Self {
+        Self { about: Some(about), ..self }
     }
 
     /// The service for a tonic router.
@@ -51,35 +59,32 @@ impl<L: LazyLayers> Service<L> {
         metadata: &MetadataMap,
         request: wire::PrepareSnapshotRequest,
     ) -> Result<Vec<Mount>, ServiceError> {
-        let labels: Labels = request.labels.into_iter().collect();
-        let parent = named(request.parent);
+        let wire::PrepareSnapshotRequest { snapshotter, key, parent, labels } = request;
+        let labels: Labels = labels.into_iter().collect();
+        let parent = named(parent);
+        let mut declined = None;
         if let Some(target) = labels.get(SNAPSHOT_REF) {
-            self.prepare_lazy(metadata, &request.key, parent.as_deref(), target, &labels).await?;
+            let request = PrepareLazy {
+                snapshotter: &snapshotter,
+                key: &key,
+                parent: parent.as_deref(),
+                target,
+                labels: &labels,
+                namespace: namespace(metadata, &key),
+                deadline: deadline(metadata),
+            };
+            declined = self.prepare_lazy(request).await?;
         }
-        self.create(Kind::Active, request.key, parent, labels).await
+        self.create(Kind::Active, &snapshotter, key, parent, labels, declined).await
     }
 
-    /// Succeeds where containerd shall unpack the layer.
-    async fn prepare_lazy(
-        &self,
-        metadata: &MetadataMap,
-        key: &str,
-        parent: Option<&str>,
-        target: &str,
-        labels: &Labels,
-    ) -> Result<(), ServiceError> {
+    /// Succeeds where containerd shall unpack the layer, and says why.
+    async fn prepare_lazy(&self, request: PrepareLazy<'_>) -> Result<Option<String>, ServiceError> {
+        let PrepareLazy { key, parent, target, .. } = request;
         let exists = || ServiceError::TargetExists { target: target.to_owned() };
         if self.lazy_target(target, parent).await? {
             return Err(exists());
         }
-        let request = PrepareLazy {
-            key,
-            parent,
-            target,
-            labels,
-            namespace: namespace(metadata, key),
-            deadline: deadline(metadata),
-        };
         match self.lazy.prepare(request).await {
             LazyOutcome::Committed => {
                 // Containerd looks the target up next, and fails the whole pull if it is not there.
@@ -87,10 +92,10 @@ impl<L: LazyLayers> Service<L> {
                     return Err(exists());
                 }
                 error!(key, target, "a lazy layer was reported as committed, but is not there; unpacking it");
+                Ok(Some("it was removed while it was prepared".to_owned()))
             }
-            LazyOutcome::NotLazy { reason } => info!(key, target, reason, "not lazy, containerd unpacks the layer"),
+            LazyOutcome::NotLazy { reason } => Ok(Some(reason)),
         }
-        Ok(())
     }
 
     async fn lazy_target(&self, target: &str, parent: Option<&str>) -> Result<bool, ServiceError> {
@@ -102,11 +107,31 @@ impl<L: LazyLayers> Service<L> {
     async fn create(
         &self,
         kind: Kind,
+        snapshotter: &str,
         key: String,
         parent: Option<String>,
         labels: Labels,
+        declined: Option<String>,
     ) -> Result<Vec<Mount>, ServiceError> {
-        blocking(&self.store, move |store| store.create(kind, &key, parent.as_deref(), labels)).await
+        let id_maps = self.id_maps(snapshotter, &labels).await?;
+        blocking(&self.store, move |store| {
+            store.create(Creation { kind, key: &key, parent: parent.as_deref(), labels, declined, id_maps })
+        })
+        .await
+    }
+
+    /// How the ids of a container's snapshot are to be shifted, if they are.
+    async fn id_maps(&self, snapshotter: &str, labels: &Labels) -> Result<Option<IdMaps>, ServiceError> {
+        // A layer that is unpacked has the ids of its archive. These labels would be the image's own annotations.
+        if labels.contains_key(SNAPSHOT_REF) {
+            return Ok(None);
+        }
+        let Some(maps) = IdMaps::of(labels)? else { return Ok(None) };
+        let Some(about) = &self.about else { return Ok(Some(maps)) };
+        let config =
+            about.snapshotter(snapshotter).await.map_err(|status| ServiceError::Containerd(Box::new(status)))?;
+        // Without the capability containerd has changed the owner of every file of the parent, and sends the labels all the same.
+        Ok(config.is_some_and(|config| config.remaps_ids).then_some(maps))
     }
 
     async fn update(&self, request: wire::UpdateSnapshotRequest) -> Result<Snapshot, ServiceError> {
@@ -144,7 +169,8 @@ impl<L: LazyLayers> Snapshots for Service<L> {
         let request = request.into_inner();
         let key = request.key.clone();
         let labels = request.labels.into_iter().collect();
-        let mounts = self.create(Kind::View, request.key, named(request.parent), labels).await;
+        let mounts =
+            self.create(Kind::View, &request.snapshotter, request.key, named(request.parent), labels, None).await;
         Ok(Response::new(wire::ViewSnapshotResponse { mounts: mounts_to_wire(answer("View", &key, mounts)?) }))
     }
 

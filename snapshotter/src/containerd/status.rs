@@ -7,7 +7,7 @@ use std::error::Error;
 use tonic::{Code, Status};
 
 use super::filter::FilterError;
-use crate::snapshots::StoreError;
+use crate::snapshots::{IdMapsError, StoreError};
 
 /// All that a call of the service can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,12 @@ pub enum ServiceError {
         /// The part.
         field: &'static str,
     },
+    /// A label asks for what cannot be.
+    #[error(transparent)]
+    IdMaps(#[from] IdMapsError),
+    /// Containerd does not say how we are configured in it.
+    #[error("cannot ask containerd how this snapshotter is configured")]
+    Containerd(#[source] Box<Status>),
     /// A bug: the work panicked.
     #[error("the operation panicked")]
     Panicked,
@@ -47,7 +53,8 @@ impl ServiceError {
                 Code::InvalidArgument
             }
             Self::TargetExists { .. } => Code::AlreadyExists,
-            Self::Missing { .. } => Code::InvalidArgument,
+            Self::Missing { .. } | Self::IdMaps(_) => Code::InvalidArgument,
+            Self::Containerd(_) => Code::Unavailable,
             Self::Panicked => Code::Internal,
             Self::ShuttingDown => Code::Unavailable,
         }

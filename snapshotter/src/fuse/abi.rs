@@ -77,6 +77,8 @@ pub mod init_flag {
     pub const MAX_PAGES: u64 = 1 << 22;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const HAS_RESEND: u64 = 1 << 39;
+    /// Mounts may shift ids: containerd clones directory trees with this mount in them. Needs `default_permissions`; kernel 6.12.
+    pub const ALLOW_IDMAP: u64 = 1 << 40;
 }
 
 /// `fuse_in_header`: in front of every request.

@@ -264,7 +264,8 @@ fn agreement(init: &Init) -> InitOut {
         | init_flag::ABORT_ERROR
         | init_flag::MAX_PAGES
         | init_flag::INIT_EXT
-        | init_flag::HAS_RESEND;
+        | init_flag::HAS_RESEND
+        | init_flag::ALLOW_IDMAP;
     let flags = init.flags & WANTED;
     InitOut {
         major: abi::MAJOR,
@@ -293,7 +294,7 @@ mod tests {
         assert_eq!((out.minor, out.flags, out.flags2), (31, init_flag::ASYNC_READ as u32, 0));
         let new = Init { major: 7, minor: 45, max_readahead: 131_072, flags: u64::MAX };
         let out = agreement(&new);
-        assert_eq!((out.minor, out.max_background, out.flags2), (abi::MINOR, 65_535, 1 << 7));
+        assert_eq!((out.minor, out.max_background, out.flags2), (abi::MINOR, 65_535, 1 << 7 | 1 << 8));
         assert_ne!(u64::from(out.flags) & init_flag::INIT_EXT, 0);
     }
 }

@@ -4,14 +4,17 @@ use layer::{ChainId, Digest};
 use node::source::BlobRef;
 use oci_spec::distribution::Reference;
 
+use super::image::ImageLayer;
 use crate::snapshots::Labels;
+use crate::snapshots::store::SNAPSHOT_REF;
 
-/// Chain id under which the snapshot is to be committed. Part of every pull, absent in a client-side unpack.
-pub const TARGET: &str = "containerd.io/snapshot.ref";
 /// Reference of the image that is pulled.
 pub const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
 const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
 const LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
+const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+/// Since containerd 2.3 every pull has it.
+const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
 
 /// What a pull says of the layer that it prepares.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,16 +29,15 @@ pub struct PullLabels {
     pub blob: Digest,
     /// Blobs of this layer and of those above it, bottom first. Cut by containerd where a label would be longer than 4096 bytes.
     pub blobs: Vec<Digest>,
+    /// The image's manifest; absent in early versions of 1.6.
+    pub manifest: Option<Digest>,
 }
 
 /// Why labels do not lead to a layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LabelError {
     /// The client or the configuration leaves the image labels out.
-    #[error(
-        "the pull carries no image labels: containerd 2.1 and newer needs exports.enable_remote_snapshot_annotations = \"true\" \
-         for this proxy plugin and an unpack_config for it; for CRI pulls of 1.6 to 2.0 set disable_snapshot_annotations = false"
-    )]
+    #[error("the pull carries no image labels")]
     Missing,
     /// A label has no valid value.
     #[error("label {label} has no valid value: {value:?}")]
@@ -67,11 +69,12 @@ impl PullLabels {
             repository: reference.repository().to_owned(),
             blob,
             blobs,
+            manifest: labels.get(MANIFEST).and_then(|digest| digest.parse().ok()),
         })
     }
 
-    /// Where the blob with `digest` is.
-    pub fn blob_ref(&self, digest: Digest) -> BlobRef {
+    /// Where a blob of the image is of which only the digest is known.
+    pub fn place(&self, digest: Digest) -> BlobRef {
         BlobRef {
             registry: self.registry.clone(),
             repository: self.repository.clone(),
@@ -81,13 +84,23 @@ impl PullLabels {
             urls: Vec::new(),
         }
     }
+
+    /// Where a blob of the image is.
+    pub fn place_of(&self, layer: &ImageLayer) -> BlobRef {
+        layer.at(&self.registry, &self.repository)
+    }
+}
+
+/// The diffID of the layer, where containerd says it.
+pub fn diff_id(labels: &Labels) -> Option<Digest> {
+    labels.get(DIFF_ID)?.parse().ok()
 }
 
 /// The chain id that a snapshot stands for: its `snapshot.ref` label, else the last part of its name
 /// (`NAMESPACE/N/CHAINID` is how containerd names what it unpacked itself).
 pub fn chain_of(name: &str, labels: &Labels) -> Option<ChainId> {
     labels
-        .get(TARGET)
+        .get(SNAPSHOT_REF)
         .and_then(|target| target.parse().ok())
         .or_else(|| name.rsplit('/').next().and_then(|last| last.parse().ok()))
 }
@@ -114,16 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_label_names_the_configuration() {
-        let error = PullLabels::parse(&labels(&[(TARGET, "x")])).unwrap_err();
-        assert!(error.to_string().contains("enable_remote_snapshot_annotations"));
+    fn labels_that_lead_nowhere() {
+        let parse = |pairs: &[(&str, &str)]| PullLabels::parse(&labels(pairs)).unwrap_err();
+        assert_eq!(parse(&[(SNAPSHOT_REF, "x")]), LabelError::Missing);
+        assert_eq!(parse(&[(IMAGE, "docker.io/library/x:1")]), LabelError::Missing);
+        assert!(matches!(parse(&[(IMAGE, "A:B:C"), (LAYER, "x")]), LabelError::Invalid { label: IMAGE, .. }));
     }
 
     #[test]
     fn chain_of_both_kinds_of_names() {
         let chain = ChainId::bottom(Digest::of(b"a"));
         assert_eq!(chain_of(&format!("default/5/{chain}"), &labels(&[])), Some(chain));
-        assert_eq!(chain_of("x", &labels(&[(TARGET, &chain.to_string())])), Some(chain));
+        assert_eq!(chain_of("x", &labels(&[(SNAPSHOT_REF, &chain.to_string())])), Some(chain));
         assert_eq!(chain_of("default/5/container", &labels(&[])), None);
     }
 }

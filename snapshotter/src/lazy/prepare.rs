@@ -1,17 +1,21 @@
 //! Answering a `Prepare` with a layer that is not there yet.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use layer::{ChainId, Digest};
 use node::Node;
+use node::layer::Layer;
+use node::source::BlobRef;
 use tokio::time::Instant;
 
-use super::declined::Declined;
-use super::labels::{LabelError, PullLabels, chain_of};
+use super::hints::Hints;
+use super::images::{FindError, Images};
+use super::labels::{LabelError, PullLabels, chain_of, diff_id};
 use super::resolutions::{Resolutions, WaitError};
-use crate::containerd::content::ContentStore;
 use crate::containerd::lazy::{LazyLayers, LazyOutcome, PrepareLazy};
+use crate::containerd::source::ContentSource;
 use crate::mount::layers::{AttachError, LayerMounts};
 use crate::snapshots::{LazyBacking, LazyCommit, Release, Store, Usage};
 
@@ -24,9 +28,17 @@ pub enum Decline {
     /// The kernel cannot do it.
     #[error("{0}")]
     Node(String),
-    /// The pull does not say enough.
-    #[error(transparent)]
-    Labels(#[from] LabelError),
+    /// Neither the pull nor the content store says which image it is.
+    #[error("{labels}, and {source}")]
+    Image {
+        /// What is wrong with the pull's labels.
+        labels: LabelError,
+        /// Why the content store does not help.
+        source: FindError,
+    },
+    /// The caller named no namespace, so there is no content store to look into.
+    #[error("{0}, and no namespace to look for the image in")]
+    Namespace(LabelError),
     /// A parent is not from an image.
     #[error("the parent snapshot {0} has no chain id")]
     Parent(String),
@@ -40,6 +52,16 @@ pub enum Decline {
     #[error(transparent)]
     Wait(#[from] WaitError),
     /// The signed index belongs to another layer than the image's configuration names.
+    #[error("blob {blob} has the diffID {diff_id} by its index, but {expected} by the image's configuration")]
+    DiffId {
+        /// Its digest.
+        blob: Digest,
+        /// What its index says.
+        diff_id: Digest,
+        /// What the configuration says.
+        expected: Digest,
+    },
+    /// The same, found by the chain id.
     #[error("blob {blob} has the diffID {diff_id}, which does not lead to the chain id {target}")]
     Chain {
         /// Its digest.
@@ -60,6 +82,13 @@ pub enum Decline {
     Record(String),
 }
 
+impl Decline {
+    /// Whether somebody lies or is broken, so that it must be looked into.
+    fn is_alarming(&self) -> bool {
+        matches!(self, Self::DiffId { .. } | Self::Chain { .. })
+    }
+}
+
 /// Makes the layers that containerd prepares known, mounts and commits them.
 #[derive(Debug)]
 pub struct ImageLayers {
@@ -71,14 +100,24 @@ pub struct ImageLayers {
     pub store: Arc<Store>,
     /// Mounts of lazy layers.
     pub mounts: Arc<LayerMounts>,
-    /// Containerd's content store.
-    pub content: ContentStore,
+    /// Images of containerd's content store.
+    pub images: Images,
+    /// What to configure in containerd.
+    pub hints: Arc<Hints>,
     /// How long a pull waits for a layer that makes no progress.
     pub stall: Duration,
     /// Why nothing can be lazy on this node, if so.
     pub not_lazy: Option<String>,
-    /// Why layers were left to containerd.
-    pub declined: Declined,
+}
+
+/// What a `Prepare` asks for.
+struct Wanted {
+    /// Where the blob may be, the most probable place first. Not empty.
+    places: Vec<BlobRef>,
+    /// What the image's configuration says that it unpacks to, where that is known.
+    diff_id: Option<Digest>,
+    /// The same places for each layer above it.
+    above: Vec<Vec<BlobRef>>,
 }
 
 impl LazyLayers for ImageLayers {
@@ -87,8 +126,13 @@ impl LazyLayers for ImageLayers {
             Ok(()) => LazyOutcome::Committed,
             Err(decline) => {
                 let reason = decline.to_string();
-                tracing::warn!(chain = request.target, key = request.key, %reason, "containerd unpacks a layer");
-                self.declined.note(request.target, &reason);
+                let (chain, key) = (request.target, request.key);
+                match decline.is_alarming() {
+                    true => {
+                        tracing::error!(chain, key, reason, "a layer is not what the image says; containerd unpacks it")
+                    }
+                    false => tracing::warn!(chain, key, reason, "containerd unpacks a layer"),
+                }
                 LazyOutcome::NotLazy { reason }
             }
         }
@@ -114,34 +158,51 @@ impl ImageLayers {
             return Err(Decline::Node(reason.clone()));
         }
         let target: ChainId = request.target.parse().map_err(|_| Decline::Target(request.target.to_owned()))?;
-        let pull = PullLabels::parse(request.labels)?;
         let parent = self.parent_chain(request.parent)?;
-        if self.is_local(&pull, request.namespace).await {
-            return Err(Decline::BlobIsLocal(pull.blob));
+        let Wanted { mut places, diff_id: expected, above } = self.wanted(request, target).await?;
+        let known: HashSet<Digest> = self.node.layers().iter().map(|layer| layer.header().blob()).collect();
+        let mut content_namespace = None;
+        // A blob that the node knows is had from there at once, whatever place comes first.
+        places.sort_by_key(|place| !known.contains(&place.digest));
+        let Some(place) = places.first().cloned() else { return Err(Decline::Target(request.target.to_owned())) };
+        if let Some(namespace) = request.namespace
+            && !self.is_complete(place.digest)
+            && self.is_local(namespace, place.digest).await
+        {
+            if !known.contains(&place.digest) {
+                return Err(Decline::BlobIsLocal(place.digest));
+            }
+            content_namespace = Some(namespace.to_owned());
         }
+        let Some(resolution) = self.resolutions.start(places) else { return Err(Decline::Removed(place.digest)) };
         // The whole image is resolved at its first Prepare: containerd asks for one layer after the other.
-        let mut resolutions = pull.blobs.iter().map(|blob| self.resolutions.start(pull.blob_ref(*blob)));
-        let resolution = resolutions.next();
-        resolutions.for_each(drop);
-        let Some(resolution) = resolution else { return Err(LabelError::Missing.into()) };
+        for places in above {
+            if !places.iter().any(|place| known.contains(&place.digest)) {
+                self.resolutions.start(places);
+            }
+        }
         let deadline = request.deadline.map(|deadline| {
             let now = Instant::now();
             now + Instant::from_std(deadline).saturating_duration_since(now).mul_f64(DEADLINE_SHARE)
         });
-        let layer = resolution.wait(self.stall, deadline).await?;
-        let diff_id = layer.header().diff_id();
+        let (layer, place) = resolution.wait(self.stall, deadline).await?;
+        let (blob, diff_id) = (layer.header().blob(), layer.header().diff_id());
+        if let Some(expected) = expected.filter(|expected| *expected != diff_id) {
+            return Err(Decline::DiffId { blob, diff_id, expected });
+        }
         if ChainId::on(parent, diff_id) != target {
-            return Err(Decline::Chain { blob: pull.blob, diff_id, target });
+            return Err(Decline::Chain { blob, diff_id, target });
         }
         let hold = self.store.hold(diff_id).await;
         // Between the answer and the hold another image's removal may have let the layer go.
         let layer = self.node.layer(diff_id).ok_or(Decline::Removed(diff_id))?;
+        let backing = LazyBacking { content_namespace, ..LazyBacking::new(&place, diff_id, target) };
+        self.add_content_source(&layer, &backing);
         let (store, mounts) = (self.store.clone(), self.mounts.clone());
         let (name, parent_name) = (request.target.to_owned(), request.parent.map(str::to_owned));
         let labels = request.labels.clone();
-        let backing = LazyBacking::new(&pull.blob_ref(pull.blob), diff_id, target);
         let commit = move || -> Result<(), Decline> {
-            let lowers = store.lowers(parent_name.as_deref()).map_err(|error| Decline::Record(error.to_string()))?;
+            let lowers = || store.lowers(parent_name.as_deref()).map_err(|error| error.to_string());
             mounts.attach(target, &layer, lowers)?;
             let usage =
                 Usage { size_bytes: layer.header().device_size(), inodes: u64::from(layer.header().entry_count()) };
@@ -152,17 +213,87 @@ impl ImageLayers {
         tokio::task::spawn_blocking(commit).await.map_err(|error| Decline::Record(error.to_string()))?
     }
 
-    /// Whether the blob is in containerd's content store and nothing is known of the layer here. A content store that does not
-    /// answer is no reason to decline: then the blob is fetched a second time at worst.
-    async fn is_local(&self, pull: &PullLabels, namespace: Option<&str>) -> bool {
-        let Some(namespace) = namespace else { return false };
-        if self.node.layer_by_blob(pull.blob).is_some() {
-            return false;
+    /// Lets `layer` read its blob in containerd's content store, where `backing` says that it was there.
+    pub(super) fn add_content_source(&self, layer: &Arc<Layer>, backing: &LazyBacking) {
+        if let Some(namespace) = &backing.content_namespace
+            && !layer.is_complete()
+        {
+            let source = ContentSource::new(self.images.content().clone(), namespace, layer);
+            layer.add_source(Arc::new(source));
         }
-        match self.content.info(namespace, pull.blob).await {
+    }
+
+    /// Which layer of which image is asked for: by the labels of the pull, else by the images of the content store.
+    async fn wanted(&self, request: &PrepareLazy<'_>, target: ChainId) -> Result<Wanted, Decline> {
+        let mut wanted = match PullLabels::parse(request.labels) {
+            Ok(pull) => self.wanted_by_labels(&pull, request.namespace, target).await,
+            Err(labels) => self.wanted_by_chain(labels, request, target).await?,
+        };
+        wanted.diff_id = wanted.diff_id.or_else(|| diff_id(request.labels));
+        Ok(wanted)
+    }
+
+    async fn wanted_by_labels(&self, pull: &PullLabels, namespace: Option<&str>, target: ChainId) -> Wanted {
+        self.images.learn(pull.registry.clone());
+        // The labels leave the layers of a long image out, and the diffIDs of all: the manifest has them.
+        let image = match (namespace, pull.manifest) {
+            (Some(namespace), Some(manifest)) => self.images.with_manifest(namespace, manifest).await,
+            _ => Ok(None),
+        };
+        let image = image.unwrap_or_else(|error| {
+            tracing::debug!(%error, "containerd's content store does not answer");
+            None
+        });
+        let from_image = image.and_then(|image| {
+            let position = image.position(target)?;
+            let layers = image.layers.get(position..)?;
+            Some(Wanted {
+                places: layers.iter().take(1).map(|layer| pull.place_of(layer)).collect(),
+                diff_id: layers.first().map(|layer| layer.diff_id),
+                above: layers.iter().skip(1).map(|layer| vec![pull.place_of(layer)]).collect(),
+            })
+        });
+        from_image.unwrap_or_else(|| Wanted {
+            places: vec![pull.place(pull.blob)],
+            diff_id: None,
+            above: pull.blobs.iter().skip(1).map(|blob| vec![pull.place(*blob)]).collect(),
+        })
+    }
+
+    async fn wanted_by_chain(
+        &self,
+        labels: LabelError,
+        request: &PrepareLazy<'_>,
+        target: ChainId,
+    ) -> Result<Wanted, Decline> {
+        let Some(namespace) = request.namespace else { return Err(Decline::Namespace(labels)) };
+        if labels == LabelError::Missing {
+            let (hints, snapshotter) = (self.hints.clone(), request.snapshotter.to_owned());
+            let namespace = namespace.to_owned();
+            tokio::spawn(async move { hints.on_missing_labels(&snapshotter, &namespace).await });
+        }
+        let found = self.images.with_chain(namespace, target).await;
+        let found = found.map_err(|source| Decline::Image { labels, source })?;
+        let diff_id = found.first().and_then(|found| found.layer()).map(|layer| layer.diff_id);
+        // Above it the images differ: the one that was pulled last is the one that is pulled now.
+        let above = found.first().map_or_else(Vec::new, |newest| {
+            let positions = newest.position + 1..newest.image.layers.len();
+            positions.map(|position| self.images.places(&[newest.at(position)])).collect()
+        });
+        Ok(Wanted { places: self.images.places(&found), diff_id, above })
+    }
+
+    fn is_complete(&self, blob: Digest) -> bool {
+        self.node.layer_by_blob(blob).is_some_and(|layer| layer.is_complete())
+    }
+
+    /// Whether the blob is in containerd's content store. A content store that does not answer is no reason to decline: then the
+    /// blob is fetched a second time at worst.
+    async fn is_local(&self, namespace: &str, blob: Digest) -> bool {
+        match self.images.content().info(namespace, blob).await {
             Ok(info) => info.is_some(),
             Err(error) => {
-                tracing::debug!(blob = %pull.blob, %error, "containerd's content store does not answer");
+                tracing::debug!(%blob, %error, "containerd's content store does not answer");
                 false
             }
         }

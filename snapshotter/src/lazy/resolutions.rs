@@ -1,4 +1,5 @@
-//! Layers that are being made known, one task a blob however many `Prepare` calls wait for it.
+//! Layers that are being made known, one task a blob however many `Prepare` calls wait for it. The resolver lets one
+//! resolve of a blob run at a time too; here all who wait see the progress of the one that runs.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -39,7 +40,7 @@ pub struct Resolutions {
 #[derive(Clone, Debug)]
 enum State {
     Running,
-    Done(Result<Arc<Layer>, Arc<ResolveError>>),
+    Done(Result<(Arc<Layer>, BlobRef), Arc<ResolveError>>),
 }
 
 /// One blob's way to a layer. Dropping it stops nothing: the next `Prepare` of the same image profits.
@@ -57,37 +58,75 @@ impl Resolutions {
         &self.resolver
     }
 
-    /// Starts to resolve `blob`, or joins who does already.
-    pub fn start(&self, blob: BlobRef) -> Resolution {
+    /// Starts to resolve the layer whose blob is at one of `places`, tried in this order, or joins who does already; `None`
+    /// where there is no place.
+    pub fn start(&self, places: Vec<BlobRef>) -> Option<Resolution> {
+        let digest = places.first()?.digest;
         let mut running = self.running.lock();
-        if let Some(state) = running.get(&blob.digest) {
-            return Resolution(state.clone());
+        if let Some(state) = running.get(&digest) {
+            return Some(Resolution(state.clone()));
         }
         let (sender, receiver) = watch::channel(State::Running);
-        running.insert(blob.digest, receiver.clone());
+        running.insert(digest, receiver.clone());
         let (resolver, table) = (self.resolver.clone(), self.running.clone());
         tokio::spawn(async move {
-            let (progress, mut seen) = watch::channel(Progress::default());
-            let digest = blob.digest;
-            let mut resolving = std::pin::pin!(resolver.resolve(&blob, progress));
-            let result = loop {
-                tokio::select! {
-                    result = &mut resolving => break result.map_err(Arc::new),
-                    // Waiters only want to know that something moved.
-                    Ok(()) = seen.changed() => drop(sender.send_replace(State::Running)),
+            let mut result = Err(None);
+            for place in places {
+                match resolve(&resolver, &place, &sender).await {
+                    Err(error) if is_of_the_place(&error) => {
+                        tracing::debug!(%place, %error, "a layer cannot be had from here");
+                        // The first place is the most probable one, so its error says most.
+                        result = result.or_else(|first: Option<ResolveError>| Err(first.or(Some(error))));
+                    }
+                    ended => {
+                        result = ended.map(|layer| (layer, place)).map_err(Some);
+                        break;
+                    }
                 }
+            }
+            let result = match result {
+                Ok(found) => Ok(found),
+                Err(Some(error)) => Err(Arc::new(error)),
+                // There was a place, so there is an answer.
+                Err(None) => return drop(table.lock().remove(&digest)),
             };
             // Later calls ask the resolver again: a local layer answers at once, and a failure may be over.
             table.lock().remove(&digest);
             sender.send_replace(State::Done(result));
         });
-        Resolution(receiver)
+        Some(Resolution(receiver))
+    }
+}
+
+/// Whether the layer may be had from elsewhere.
+fn is_of_the_place(error: &ResolveError) -> bool {
+    matches!(error, ResolveError::Seeder(_))
+}
+
+async fn resolve(
+    resolver: &Resolver,
+    place: &BlobRef,
+    sender: &watch::Sender<State>,
+) -> Result<Arc<Layer>, ResolveError> {
+    let (progress, mut seen) = watch::channel(Progress::default());
+    let mut resolving = std::pin::pin!(resolver.resolve(place, progress));
+    loop {
+        tokio::select! {
+            result = &mut resolving => return result,
+            // Waiters only want to know that something moved.
+            Ok(()) = seen.changed() => drop(sender.send_replace(State::Running)),
+        }
     }
 }
 
 impl Resolution {
-    /// Waits for the layer as long as it makes progress: at most `stall` without any, and never beyond `deadline`.
-    pub async fn wait(mut self, stall: Duration, deadline: Option<Instant>) -> Result<Arc<Layer>, WaitError> {
+    /// Waits for the layer, and the place that it came from, as long as it makes progress: at most `stall` without any, and
+    /// never beyond `deadline`.
+    pub async fn wait(
+        mut self,
+        stall: Duration,
+        deadline: Option<Instant>,
+    ) -> Result<(Arc<Layer>, BlobRef), WaitError> {
         loop {
             if let State::Done(result) = &*self.0.borrow_and_update() {
                 return Ok(result.clone()?);

@@ -30,14 +30,10 @@ impl ImageLayers {
                 tracing::error!(snapshot = snapshot.name, layer = %backing.diff_id, "the layer of a snapshot is missing on disk");
                 continue;
             };
+            self.images.learn(backing.registry.clone());
             self.resolutions.resolver().add_sources(&layer, &backing.blob_ref());
-            let lowers = match self.store.lowers(snapshot.record.parent.as_deref()) {
-                Ok(lowers) => lowers,
-                Err(error) => {
-                    tracing::error!(snapshot = snapshot.name, %error, "a layer below cannot be shown");
-                    continue;
-                }
-            };
+            self.add_content_source(&layer, backing);
+            let lowers = || self.store.lowers(snapshot.record.parent.as_deref()).map_err(|error| error.to_string());
             if let Err(error) = self.mounts.attach(backing.chain_id, &layer, lowers) {
                 tracing::error!(snapshot = snapshot.name, %error, "cannot mount a layer");
             }

@@ -39,6 +39,9 @@ pub enum AttachError {
         /// What is wrong.
         reason: String,
     },
+    /// A layer below is not there.
+    #[error("a layer below cannot be shown: {0}")]
+    Below(String),
     /// The kernel did not mount it.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -103,9 +106,14 @@ impl LayerMounts {
     }
 
     /// Mounts `layer` as `chain` unless it is mounted already, building its metadata image first where there is none.
-    /// `lowers` are the roots of the layers below, top first; empty for the bottom layer.
-    /// Blocks for the time of an image build (about 0.1 s for 50 000 entries).
-    pub fn attach(&self, chain: ChainId, layer: &Arc<Layer>, lowers: Vec<PathBuf>) -> Result<(), AttachError> {
+    /// `lowers` gives the roots of the layers below, top first; empty for the bottom layer. Blocks for the time of an image
+    /// build (about 0.1 s for 50 000 entries).
+    pub fn attach(
+        &self,
+        chain: ChainId,
+        layer: &Arc<Layer>,
+        lowers: impl FnOnce() -> Result<Vec<PathBuf>, String>,
+    ) -> Result<(), AttachError> {
         let name = name(chain, Over::Fuse);
         if self.mounted.lock().contains(&name) {
             layer.set_filling(true);
@@ -113,7 +121,7 @@ impl LayerMounts {
         }
         let image = self.image(chain);
         if !image.exists() {
-            self.build(chain, &image, layer, lowers)?;
+            self.build(chain, &image, layer, lowers().map_err(AttachError::Below)?)?;
         }
         let mut mounted = self.mounted.lock();
         if mounted.contains(&name) {
@@ -200,17 +208,6 @@ impl LayerMounts {
         Ok(())
     }
 
-    /// Unmounts everything. For a final stop only: containers lose their lazy layers' unread parts.
-    pub fn unmount_all(&self) {
-        let mut mounted = self.mounted.lock();
-        for name in mounted.drain() {
-            let target = self.mounts.join(name);
-            if let Err(error) = unmount(&target) {
-                tracing::warn!(mount = %target.display(), %error, "cannot unmount");
-            }
-        }
-    }
-
     fn image(&self, chain: ChainId) -> PathBuf {
         self.images.join(format!("{}.erofs", chain.digest().hex()))
     }
@@ -253,7 +250,7 @@ impl crate::snapshots::LayerMounts for LayerMounts {
                 "the layer is not mounted: the log of the daemon's start says why",
             ));
         }
-        let layer = self.node.layer(backing.diff_id).filter(|layer| layer.is_complete() && layer.is_proven());
+        let layer = self.node.layer(backing.diff_id).filter(|layer| layer.is_proven());
         let over_disk = layer.and_then(|layer| self.over_disk(backing.chain_id, &layer));
         Ok(over_disk.unwrap_or_else(|| self.mounts.join(over_fuse)))
     }

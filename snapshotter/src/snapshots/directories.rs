@@ -24,7 +24,7 @@ pub struct Directories {
 }
 
 /// Who owns a new snapshot's root directory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Owner {
     /// User id.
     pub uid: u32,

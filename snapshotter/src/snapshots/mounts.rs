@@ -92,11 +92,13 @@ pub(super) fn mounts(
         .iter()
         .map(|ancestor| option_text(lower(key, ancestor, directories, layers)?))
         .collect::<Result<Vec<_>, _>>()?;
+    // Containerd's mount package shifts the ids of a bind mount, and of an overlay's lower directories, itself.
+    let maps = record.id_maps.iter().flat_map(|maps| [format!("uidmap={}", maps.uid), format!("gidmap={}", maps.gid)]);
+    let mut options: Vec<String> = maps.collect();
     let mount = match (&lower[..], writable) {
-        ([], _) => bind(option_text(directories.files(record.id))?, writable),
-        ([only], false) => bind(only.clone(), false),
+        ([], _) => bind(option_text(directories.files(record.id))?, writable, options),
+        ([only], false) => bind(only.clone(), false, options),
         _ => {
-            let mut options = Vec::new();
             if writable {
                 options.push(format!("workdir={}", option_text(directories.work(record.id))?));
                 options.push(format!("upperdir={}", option_text(directories.files(record.id))?));
@@ -121,8 +123,8 @@ fn option_text(path: PathBuf) -> Result<String, StoreError> {
     path.into_os_string().into_string().map_err(|path| StoreError::MountPath { path: path.into() })
 }
 
-fn bind(source: String, writable: bool) -> Mount {
-    let options = vec![if writable { "rw" } else { "ro" }.to_owned(), "rbind".to_owned()];
+fn bind(source: String, writable: bool, mut options: Vec<String>) -> Mount {
+    options.extend([if writable { "rw" } else { "ro" }.to_owned(), "rbind".to_owned()]);
     Mount { kind: "bind", source, options }
 }
 
@@ -155,7 +157,18 @@ mod tests {
 
     fn record(id: u64, kind: Kind, backing: Backing) -> Record {
         let (created, updated) = (UNIX_EPOCH, UNIX_EPOCH);
-        Record { id, kind, parent: None, labels: Labels::new(), created, updated, usage: Usage::default(), backing }
+        Record {
+            id,
+            kind,
+            parent: None,
+            labels: Labels::new(),
+            created,
+            updated,
+            usage: Usage::default(),
+            backing,
+            declined: None,
+            id_maps: None,
+        }
     }
 
     fn lazy(id: u64) -> Record {
@@ -169,6 +182,7 @@ mod tests {
             blob_size: 0,
             media_type: String::new(),
             urls: Vec::new(),
+            content_namespace: None,
         };
         record(id, Kind::Committed, Backing::Lazy(backing))
     }
@@ -179,9 +193,13 @@ mod tests {
 
     /// Kind, source and options of the one mount, with `ROOT` for the root.
     fn shown(kind: Kind, ancestors: &[Record]) -> Result<String, StoreError> {
+        shown_with(record(9, kind, Backing::Ordinary), ancestors)
+    }
+
+    fn shown_with(record: Record, ancestors: &[Record]) -> Result<String, StoreError> {
         let root = tempfile::tempdir().expect("temporary directory");
         let directories = Directories::open(root.path()).expect("opens");
-        let chain = Chain { record: record(9, kind, Backing::Ordinary), ancestors: ancestors.to_vec() };
+        let chain = Chain { record, ancestors: ancestors.to_vec() };
         let mounts = mounts("key", &chain, &directories, &Mounted, &OverlayOptions(vec!["index=off"]))?;
         let [mount] = &mounts[..] else { panic!("want one mount") };
         let text = format!("{} {} {}", mount.kind, mount.source, mount.options.join(","));
@@ -203,6 +221,27 @@ mod tests {
             shown(Kind::Active, &[lazy(3), ordinary(2)]),
             "overlay overlay workdir=ROOT/snapshots/9/work,upperdir=ROOT/snapshots/9/fs,\
              lowerdir=/m/3:ROOT/snapshots/2/fs,index=off"
+        );
+    }
+
+    #[test]
+    fn of_containers_with_ids_of_their_own_say_how_to_shift() {
+        use crate::snapshots::directories::Owner;
+        use crate::snapshots::id_maps::IdMaps;
+        let (uid, gid) = ("0:1000:10,10:1:1".to_owned(), "0:2000:10".to_owned());
+        let maps = Some(IdMaps { uid, gid, root: Owner { uid: 1000, gid: 2000 } });
+        let shown = |kind, ancestors: &[Record]| {
+            let record = Record { id_maps: maps.clone(), ..record(9, kind, Backing::Ordinary) };
+            shown_with(record, ancestors).expect("has mounts")
+        };
+        let options = "uidmap=0:1000:10,10:1:1,gidmap=0:2000:10";
+        assert_eq!(shown(Kind::Active, &[]), format!("bind ROOT/snapshots/9/fs {options},rw,rbind"));
+        assert_eq!(shown(Kind::View, &[lazy(2)]), format!("bind /m/2 {options},ro,rbind"));
+        assert_eq!(
+            shown(Kind::Active, &[lazy(3)]),
+            format!(
+                "overlay overlay {options},workdir=ROOT/snapshots/9/work,upperdir=ROOT/snapshots/9/fs,lowerdir=/m/3,index=off"
+            )
         );
     }
 

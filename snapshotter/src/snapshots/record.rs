@@ -7,6 +7,8 @@ use layer::{ChainId, Digest};
 use node::source::BlobRef;
 use serde::{Deserialize, Serialize};
 
+use super::id_maps::IdMaps;
+
 /// Labels of a snapshot, exactly as they arrived.
 pub type Labels = BTreeMap<String, String>;
 
@@ -75,6 +77,9 @@ pub struct LazyBacking {
     /// Where else the blob may be had, as in [`BlobRef`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
+    /// Namespace of containerd's content store that had the blob when the snapshot was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_namespace: Option<String>,
 }
 
 impl LazyBacking {
@@ -89,6 +94,7 @@ impl LazyBacking {
             blob_size: blob.size,
             media_type: blob.media_type.clone(),
             urls: blob.urls.clone(),
+            content_namespace: None,
         }
     }
 
@@ -127,6 +133,12 @@ pub struct Record {
     pub usage: Usage,
     /// See [`Backing`].
     pub backing: Backing,
+    /// Why the layer was left to containerd, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub declined: Option<String>,
+    /// How the ids of its container map to the machine's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id_maps: Option<IdMaps>,
 }
 
 /// A record with its key or name.
@@ -186,7 +198,10 @@ mod tests {
                 blob_size: 3,
                 media_type: "application/vnd.oci.image.layer.v1.tar+gzip".into(),
                 urls: Vec::new(),
+                content_namespace: None,
             }),
+            declined: None,
+            id_maps: None,
         };
         let text = serde_json::to_string(&record).expect("serializes");
         let stored = format!(

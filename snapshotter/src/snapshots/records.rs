@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::error::{OpenError, StoreError};
+use super::id_maps::IdMaps;
 use super::record::{Backing, Kind, Labels, LazyBacking, Record, Snapshot, Usage};
 
 /// Longest key or name in bytes. Chosen: containerd's keys are below 200 bytes; its suite uses paths as keys.
@@ -49,6 +50,10 @@ pub struct NewSnapshot<'a> {
     pub parent: Option<&'a str>,
     /// Its labels.
     pub labels: Labels,
+    /// See [`Record::declined`].
+    pub declined: Option<String>,
+    /// See [`Record::id_maps`].
+    pub id_maps: Option<IdMaps>,
 }
 
 /// A snapshot and all snapshots below it, nearest first.
@@ -160,6 +165,8 @@ impl Records {
                 updated: now,
                 usage: Usage::default(),
                 backing: Backing::Ordinary,
+                declined: new.declined,
+                id_maps: new.id_maps,
             };
             let ancestors = ancestors(&table, new.key, new.parent)?;
             put(&mut table, new.key, &record)?;
@@ -245,6 +252,8 @@ impl Records {
                 updated: now,
                 usage,
                 backing: Backing::Lazy(backing.clone()),
+                declined: None,
+                id_maps: None,
             };
             put(&mut table, name, &record)?;
             link(transaction, parent_record.as_ref(), id, name)?;
@@ -459,7 +468,7 @@ mod tests {
 
     fn create(records: &Records, kind: Kind, key: &str, parent: Option<&str>) -> Result<Chain, StoreError> {
         let id = records.next_id()?;
-        records.create(NewSnapshot { id, kind, key, parent, labels: Labels::new() })
+        records.create(NewSnapshot { id, kind, key, parent, labels: Labels::new(), declined: None, id_maps: None })
     }
 
     fn committed(records: &Records, name: &str, parent: Option<&str>) -> u64 {
@@ -480,6 +489,7 @@ mod tests {
             blob_size: 1,
             media_type: String::new(),
             urls: Vec::new(),
+            content_namespace: None,
         }
     }
 

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::directories::{Directories, Owner};
 use super::error::{OpenError, StoreError};
+use super::id_maps::IdMaps;
 use super::mounts::{self, LayerMounts, Mount, OverlayOptions, fits_options};
 use super::record::{Backing, Kind, Labels, LazyBacking, Snapshot, Usage};
 use super::records::{LazyCommitOutcome, NewSnapshot, Records, ReleasedRecord};
@@ -33,6 +34,30 @@ pub struct Store {
     /// Ids whose directory exists before their record does.
     being_created: Mutex<HashSet<u64>>,
     layers_in_use: Arc<LayersInUse>,
+}
+
+/// An active snapshot or a view to be created.
+#[derive(Debug, Clone)]
+pub struct Creation<'a> {
+    /// [`Kind::Active`] or [`Kind::View`].
+    pub kind: Kind,
+    /// Its key.
+    pub key: &'a str,
+    /// Name of the parent.
+    pub parent: Option<&'a str>,
+    /// All labels that came with the request.
+    pub labels: Labels,
+    /// Why it is not a lazy layer, where it could have been one.
+    pub declined: Option<String>,
+    /// How the ids of its container map to the machine's.
+    pub id_maps: Option<IdMaps>,
+}
+
+impl<'a> Creation<'a> {
+    /// Without labels and all that is rare.
+    pub fn new(kind: Kind, key: &'a str, parent: Option<&'a str>) -> Self {
+        Self { kind, key, parent, labels: Labels::new(), declined: None, id_maps: None }
+    }
 }
 
 /// A lazy snapshot to be committed.
@@ -99,26 +124,23 @@ impl Store {
         mounts::mounts(key, &chain, &self.directories, &*self.layers, &self.overlay)
     }
 
-    /// Creates the active snapshot or view (`kind`) `key` on `parent`, and gives its mounts.
-    pub fn create(
-        &self,
-        kind: Kind,
-        key: &str,
-        parent: Option<&str>,
-        labels: Labels,
-    ) -> Result<Vec<Mount>, StoreError> {
+    /// Creates an active snapshot or a view, and gives its mounts. Its root belongs to whom the parent's does, or to the
+    /// container's root where ids are mapped.
+    pub fn create(&self, creation: Creation<'_>) -> Result<Vec<Mount>, StoreError> {
+        let Creation { kind, key, parent, labels, declined, id_maps } = creation;
         let owner = self.records.parents(parent)?.first().map(|top| -> Result<_, StoreError> {
             let root = mounts::lower(key, top, &self.directories, &*self.layers)?;
             Owner::of(&root).map_err(|source| StoreError::Directory { action: "read the owner of", path: root, source })
         });
         let owner = owner.transpose()?;
+        let owner = id_maps.as_ref().map(|maps| maps.root).or(owner);
         let new = self.begin();
         self.directories.create(new.id, kind, owner).map_err(|source| StoreError::Directory {
             action: "create",
             path: self.directories.directory(new.id),
             source,
         })?;
-        let chain = self.records.create(NewSnapshot { id: new.id, kind, key, parent, labels })?;
+        let chain = self.records.create(NewSnapshot { id: new.id, kind, key, parent, labels, declined, id_maps })?;
         let mounts = mounts::mounts(key, &chain, &self.directories, &*self.layers, &self.overlay);
         if mounts.is_err() {
             // A failed Prepare must leave nothing that the next one would find in its way.
@@ -368,7 +390,7 @@ mod tests {
     #[test]
     fn usage_is_counted_while_active_and_kept_at_commit() {
         let (root, store) = open();
-        store.create(Kind::Active, "a", None, Labels::new()).expect("creates");
+        store.create(Creation::new(Kind::Active, "a", None)).expect("creates");
         fs::write(root.path().join("snapshots/1/fs/file"), vec![1; 50_000]).expect("writes");
         let active = store.usage("a").expect("counts");
         assert!(active.size_bytes >= 50_000 && active.inodes == 2, "{active:?}");
@@ -380,9 +402,9 @@ mod tests {
     #[test]
     fn directories_go_after_their_records() {
         let (root, store) = open();
-        store.create(Kind::Active, "a", None, Labels::new()).expect("creates");
-        store.create(Kind::View, "v", None, Labels::new()).expect("creates");
-        assert!(store.create(Kind::View, "v", None, Labels::new()).is_err());
+        store.create(Creation::new(Kind::Active, "a", None)).expect("creates");
+        store.create(Creation::new(Kind::View, "v", None)).expect("creates");
+        assert!(store.create(Creation::new(Kind::View, "v", None)).is_err());
         store.remove("a").expect("removes");
         assert_eq!(directories(root.path()), ["1", "2", "3"]);
         assert_eq!(store.sweep().expect("sweeps"), 2);
@@ -403,7 +425,7 @@ mod tests {
         assert_eq!(store.lazy_target("t", None).expect("looks").as_deref(), Some("t"));
         assert_eq!(store.usage("t").expect("is recorded").size_bytes, 5);
 
-        store.create(Kind::Active, "k", None, Labels::new()).expect("creates");
+        store.create(Creation::new(Kind::Active, "k", None)).expect("creates");
         store.commit("ordinary", "k", None, Labels::new()).expect("commits");
         assert_eq!(store.lazy_target("t", Some("ordinary")).expect("looks"), None);
         assert_eq!(store.lazy_target("ordinary", None).expect("looks"), None);
@@ -440,14 +462,14 @@ mod tests {
     async fn a_container_on_a_lazy_layer_has_the_owner_of_its_root() {
         let (root, store) = open();
         commit_lazy(&store, "t", None, b"t").await;
-        let mounts = store.create(Kind::Active, "c", Some("t"), Labels::new()).expect("creates");
+        let mounts = store.create(Creation::new(Kind::Active, "c", Some("t"))).expect("creates");
         assert_eq!(mounts[0].kind, "overlay");
         assert!(mounts[0].options.contains(&format!("lowerdir={}", root.path().join("mounted").display())));
         drop(store);
         // The mount is gone: the prepared snapshot says so and leaves nothing behind.
         let store = Store::open(root.path(), Arc::new(NoLayerMounts)).expect("opens");
         assert!(matches!(store.mounts("c"), Err(StoreError::Layer { .. })));
-        assert!(matches!(store.create(Kind::Active, "d", Some("t"), Labels::new()), Err(StoreError::Layer { .. })));
+        assert!(matches!(store.create(Creation::new(Kind::Active, "d", Some("t"))), Err(StoreError::Layer { .. })));
         assert!(matches!(store.stat("d"), Err(StoreError::NotFound { .. })));
     }
 

@@ -3,11 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use node::source::SourceKind;
 use proto::drover::node::v1 as api;
 use proto::drover::node::v1::node_server::Node as NodeService;
 use tonic::{Request, Response, Status};
 
-use crate::lazy::labels::{IMAGE, TARGET, chain_of};
+use crate::lazy::labels::IMAGE;
 use crate::lazy::prepare::ImageLayers;
 use crate::snapshots::{Backing, Kind, Snapshot, StoreError};
 
@@ -64,9 +65,7 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
 
 fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
     let Backing::Lazy(backing) = &snapshot.record.backing else {
-        let chain = snapshot.record.labels.get(TARGET).cloned();
-        let chain = chain.or_else(|| chain_of(&snapshot.name, &snapshot.record.labels).map(|chain| chain.to_string()));
-        let reason = chain.and_then(|chain| layers.declined.reason(&chain)).unwrap_or_default();
+        let reason = snapshot.record.declined.clone().unwrap_or_default();
         return api::Layer { snapshot: snapshot.name.clone(), reason, ..api::Layer::default() };
     };
     let mut shown = api::Layer {
@@ -82,8 +81,17 @@ fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
     shown.device_size = layer.header().device_size();
     shown.bytes_here = layer.bytes_here();
     let counters = layer.counters();
-    shown.bytes_by_source = [("peers", counters.peer), ("seeder", counters.seeder), ("registry", counters.registry)]
-        .map(|(source, values)| (source.to_owned(), values.wire_bytes))
+    shown.bytes_by_source = counters
+        .wire_bytes()
+        .map(|(kind, bytes)| {
+            let source = match kind {
+                SourceKind::Local => "containerd",
+                SourceKind::Peer => "peers",
+                SourceKind::Seeder => "seeder",
+                SourceKind::Registry => "registry",
+            };
+            (source.to_owned(), bytes)
+        })
         .into();
     let state = if let Some(reason) = layer.quarantine() {
         shown.reason = reason;
