@@ -275,7 +275,8 @@ impl Driver {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Fetch { fetch, layer: key, source: id, run, is_hedge, .. } => {
+            Action::Fetch { fetch, layer: key, source: id, run, priority, is_hedge } => {
+                tracing::trace!(layer = key.0, source = id.0, ?run, ?priority, is_hedge, "fetch");
                 let layer = self.layers.lock().get(&key).cloned();
                 let source = layer.as_ref().and_then(|layer| layer.source(id));
                 let end = End { inbox: self.inbox.clone(), fetch, outcome: stopped() };

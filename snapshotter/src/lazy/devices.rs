@@ -46,6 +46,7 @@ impl Devices for LayerDevices {
         let size = size as usize;
         let end = layer.header().device_size();
         let range = offset.min(end)..(offset + size as u64).min(end);
+        tracing::trace!(layer = layer.number(), offset, size, "read");
         let mut bytes = Vec::with_capacity(size);
         match layer.read_now(range.clone(), &mut bytes) {
             Some(Ok(())) => {
