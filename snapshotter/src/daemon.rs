@@ -1,6 +1,7 @@
 //! All parts of the daemon, put together.
 
 use std::future::Future;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use node::resolve::Resolver;
 use node::security::{Role, Security};
 use node::{Node, NodeConfig};
 use proto::drover::node::v1::node_server::NodeServer;
+use tokio::runtime::{Builder, Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
@@ -30,6 +32,7 @@ use crate::mount::layers::LayerMounts;
 use crate::mount::probe;
 use crate::snapshots::Store;
 use crate::status::service::StatusService;
+use crate::sys;
 
 /// How long an orderly stop waits for calls that are under way. A `Prepare` that takes longer is repeated by containerd.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
@@ -45,6 +48,13 @@ pub struct Handed {
     pub adopted: bool,
     /// This program, to start mount processes.
     pub program: PathBuf,
+}
+
+/// The runtime that [`serve`] runs on, in a process that keeps little of the memory that it needed for a moment. To be called before
+/// there are other threads.
+pub fn runtime() -> io::Result<Runtime> {
+    sys::bound_malloc();
+    Builder::new_multi_thread().enable_all().build()
 }
 
 /// Serves until `stop` resolves. Calls `ready` when containerd may call. Start-up needs no network.

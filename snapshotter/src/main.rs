@@ -110,7 +110,7 @@ fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
         // Not its path: an upgrade may have put another binary there.
         program: "/proc/self/exe".into(),
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = daemon::runtime()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let stop = async move {

@@ -35,7 +35,10 @@ use super::{
     estate::{Estate, Process, pair, receive},
     manager,
 };
-use crate::fuse::mount::{self, Unmounted};
+use crate::{
+    fuse::mount::{self, Unmounted},
+    sys,
+};
 
 /// What the daemon says when it serves.
 pub(super) const READY: &str = "ready";
@@ -143,6 +146,10 @@ impl<'a> Keeper<'a> {
             if self.daemon.is_none() && Instant::now() >= self.start_at {
                 self.start();
             }
+            if self.is_settled() {
+                // Starting touched a program of many megabytes, and waiting needs next to none of it.
+                sys::release_program();
+            }
             let events = self.wait()?;
             if events.link {
                 self.hear();
@@ -161,6 +168,11 @@ impl<'a> Keeper<'a> {
                 return self.stop();
             }
         }
+    }
+
+    /// Whether there is a daemon that serves: probably nothing happens for days.
+    fn is_settled(&self) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| daemon.ready_since.is_some())
     }
 
     /// Starts a daemon; a failure is logged and tried again.

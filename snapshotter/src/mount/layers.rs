@@ -19,6 +19,7 @@ use super::helper::{self, Helper};
 use super::lower::LowerRoots;
 use super::table::mounts_below;
 use crate::snapshots::LazyBacking;
+use crate::sys;
 
 /// Why a layer could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -121,7 +122,10 @@ impl LayerMounts {
         }
         let image = self.image(chain);
         if !image.exists() {
-            self.build(chain, &image, layer, lowers().map_err(AttachError::Below)?)?;
+            let built = self.build(chain, &image, layer, lowers().map_err(AttachError::Below)?);
+            // The tree of a layer takes some hundred bytes a path, and no other allocation will need as much.
+            sys::trim_malloc();
+            built?;
         }
         let mut mounted = self.mounted.lock();
         if mounted.contains(&name) {
