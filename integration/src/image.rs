@@ -2,7 +2,10 @@
 
 pub mod demo;
 pub mod layer;
+mod rootfs;
 pub mod small;
+pub mod torch;
+pub mod wide;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,7 +36,7 @@ pub struct Blob {
 /// An image in a folder.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// The manifest.
+    /// The manifest, or the index that holds it.
     pub manifest: Blob,
     /// The configuration.
     pub config: Blob,
@@ -83,7 +86,7 @@ impl Image {
         Ok(Self { manifest, config, layers })
     }
 
-    /// Opens an image that [`Image::assemble`] completed before.
+    /// Opens an image that [`Image::assemble`] completed before, or one whose manifest is the first of an index.
     pub fn open(folder: &Path) -> Result<Self> {
         let read = |path: &Path| -> Result<Value> {
             let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -97,14 +100,28 @@ impl Image {
         };
         let index = read(&folder.join("index.json"))?;
         let manifest = blob(&index["manifests"][0])?;
-        let contents = read(&manifest.path)?;
+        let mut contents = read(&manifest.path)?;
+        if let Some(image) = contents.get("manifests").and_then(|list| list.get(0)) {
+            contents = read(&blob(image)?.path)?;
+        }
         let layers = contents["layers"].as_array().into_iter().flatten().map(blob).collect::<Result<_>>()?;
         Ok(Self { config: blob(&contents["config"])?, manifest, layers })
     }
 
-    /// What must be in a registry before the manifest.
-    pub fn blobs(&self) -> impl Iterator<Item = &Blob> {
-        self.layers.iter().chain([&self.config])
+    /// Links the layers' blobs into the image that is made in `folder`, to be assembled there with others.
+    pub fn link_layers(&self, folder: &Path) -> Result<Vec<Layer>> {
+        let config =
+            fs::read(&self.config.path).with_context(|| format!("cannot read {}", self.config.path.display()))?;
+        let config: Value = serde_json::from_slice(&config).context("the image's configuration is not JSON")?;
+        fs::create_dir_all(blob_folder(folder))?;
+        let diff_ids = config["rootfs"]["diff_ids"].as_array().into_iter().flatten();
+        let linked = self.layers.iter().zip(diff_ids).map(|(blob, diff_id)| {
+            let path = blob_folder(folder).join(blob.digest.trim_start_matches("sha256:"));
+            fs::hard_link(&blob.path, &path).with_context(|| format!("cannot link {}", path.display()))?;
+            let diff_id = diff_id.as_str().unwrap_or_default().to_owned();
+            Ok(Layer { digest: blob.digest.clone(), diff_id, size: blob.size, path })
+        });
+        linked.collect()
     }
 
     /// Bytes of all layers as the registry stores them.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::image::Image;
 use crate::network::{Network, Place};
@@ -62,31 +63,56 @@ impl Registry {
 
     /// Pushes `image` under `repository:tag` and gives its reference.
     pub fn push(&self, network: &Network, image: &Image, repository: &str, tag: &str) -> Result<String> {
+        let folder = image.manifest.path.parent().context("the image has no folder")?;
         let base = format!("http://{}/v2/{repository}", self.address);
-        for blob in image.blobs() {
-            let digest = &blob.digest;
-            if curl(network, &["-I", &format!("{base}/blobs/{digest}")]).is_ok() {
-                continue;
-            }
-            let started =
-                curl(network, &["-X", "POST", "-D", "-", "-o", "/dev/null", &format!("{base}/blobs/uploads/")])?;
-            let location = started.lines().find_map(|line| {
-                let (name, value) = line.split_once(':')?;
-                name.eq_ignore_ascii_case("location").then(|| value.trim().to_owned())
-            });
-            let Some(location) = location else { bail!("the registry gave no place to upload {digest} to: {started}") };
-            let join = if location.contains('?') { '&' } else { '?' };
-            let target = format!("{location}{join}digest={digest}");
-            let file = blob.path.to_string_lossy();
-            let kind = "Content-Type: application/octet-stream";
-            curl(network, &["-T", &file, "-H", kind, &target]).with_context(|| format!("cannot push {digest}"))?;
-        }
-        let kind = format!("Content-Type: {}", image.manifest.media_type);
-        let file = format!("@{}", image.manifest.path.display());
-        curl(network, &["-X", "PUT", "-H", &kind, "--data-binary", &file, &format!("{base}/manifests/{tag}")])
-            .context("cannot push the manifest")?;
+        push_manifest(network, &base, folder, &image.manifest.digest, &image.manifest.media_type, tag)?;
         Ok(format!("{}/{repository}:{tag}", self.address))
     }
+}
+
+/// Pushes a manifest whose blobs are in `folder` with all that it names: for an index, the manifests in it.
+fn push_manifest(
+    network: &Network,
+    base: &str,
+    folder: &Path,
+    digest: &str,
+    media_type: &str,
+    tag: &str,
+) -> Result<()> {
+    let path = folder.join(digest.trim_start_matches("sha256:"));
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let manifest: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    let list = |key: &str| manifest[key].as_array().cloned().unwrap_or_default();
+    let named = |descriptor: &Value, key: &str| descriptor[key].as_str().unwrap_or_default().to_owned();
+    for child in list("manifests") {
+        let digest = named(&child, "digest");
+        push_manifest(network, base, folder, &digest, &named(&child, "mediaType"), &digest)?;
+    }
+    for blob in list("layers").iter().chain(manifest.get("config")) {
+        push_blob(network, base, folder, &named(blob, "digest"))?;
+    }
+    let (kind, file) = (format!("Content-Type: {media_type}"), format!("@{}", path.display()));
+    curl(network, &["-X", "PUT", "-H", &kind, "--data-binary", &file, &format!("{base}/manifests/{tag}")])
+        .with_context(|| format!("cannot push the manifest {digest}"))?;
+    Ok(())
+}
+
+fn push_blob(network: &Network, base: &str, folder: &Path, digest: &str) -> Result<()> {
+    if curl(network, &["-I", &format!("{base}/blobs/{digest}")]).is_ok() {
+        return Ok(());
+    }
+    let started = curl(network, &["-X", "POST", "-D", "-", "-o", "/dev/null", &format!("{base}/blobs/uploads/")])?;
+    let location = started.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("location").then(|| value.trim().to_owned())
+    });
+    let Some(location) = location else { bail!("the registry gave no place to upload {digest} to: {started}") };
+    let join = if location.contains('?') { '&' } else { '?' };
+    let target = format!("{location}{join}digest={digest}");
+    let file = folder.join(digest.trim_start_matches("sha256:")).display().to_string();
+    let kind = "Content-Type: application/octet-stream";
+    curl(network, &["-T", &file, "-H", kind, &target]).with_context(|| format!("cannot push {digest}"))?;
+    Ok(())
 }
 
 fn curl(network: &Network, arguments: &[&str]) -> Result<String> {

@@ -23,8 +23,6 @@ pub struct Layer {
     pub diff_id: String,
     /// Bytes of the blob.
     pub size: u64,
-    /// Bytes of the tar.
-    pub tar_size: u64,
     /// The blob.
     pub path: PathBuf,
 }
@@ -68,7 +66,7 @@ impl LayerWriter {
         let mut gzip =
             gzip.args(["-6", "-n"]).stdin(Stdio::piped()).stdout(out).spawn().context("cannot start gzip")?;
         let stdin = gzip.stdin.take().context("gzip has no input")?;
-        let hashing = HashingWriter { inner: BufWriter::with_capacity(1 << 18, stdin), hash: Sha256::new(), bytes: 0 };
+        let hashing = HashingWriter { inner: BufWriter::with_capacity(1 << 18, stdin), hash: Sha256::new() };
         Ok(Self { builder: Builder::new(hashing), gzip, folder: folder.to_owned(), unfinished })
     }
 
@@ -171,7 +169,7 @@ impl LayerWriter {
         let Self { builder, mut gzip, folder, unfinished } = self;
         let mut hashing = builder.into_inner().context("cannot end the tar")?;
         hashing.flush().context("cannot end the tar")?;
-        let HashingWriter { inner, hash, bytes: tar_size } = hashing;
+        let HashingWriter { inner, hash } = hashing;
         drop(inner);
         let status = gzip.wait().context("cannot wait for gzip")?;
         if !status.success() {
@@ -191,7 +189,7 @@ impl LayerWriter {
         let path = blob_folder(&folder).join(&hex);
         fs::rename(&unfinished, &path).with_context(|| format!("cannot name {}", path.display()))?;
         let diff_id = format!("sha256:{}", hex_of(&hash.finalize()));
-        Ok(Layer { digest: format!("sha256:{hex}"), diff_id, size, tar_size, path })
+        Ok(Layer { digest: format!("sha256:{hex}"), diff_id, size, path })
     }
 
     fn entry(&mut self, mut header: Header, path: &[u8], link: Option<&[u8]>, contents: impl Read) -> Result<()> {
@@ -233,14 +231,12 @@ fn header(kind: EntryType, attributes: Attributes, size: u64) -> Header {
 struct HashingWriter<W> {
     inner: W,
     hash: Sha256,
-    bytes: u64,
 }
 
 impl<W: Write> Write for HashingWriter<W> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(buffer)?;
         self.hash.update(&buffer[..written]);
-        self.bytes += written as u64;
         Ok(written)
     }
 
