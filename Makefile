@@ -3,7 +3,9 @@
 #   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
 #   make check          format, lints, licences, documentation
-#   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000")
+#   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
+#   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
+#   make bench-footprint  memory and processor time of an idle node
 #   make bench-kernels  scanning, image writing and ingest
 #   make nightly        what takes too long for every change
 
@@ -91,14 +93,24 @@ deny: $(DENY)
 $(DENY):
 	$(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TARGET)/tools/cargo-deny --quiet
 
-.PHONY: bench-single bench-kernels
+.PHONY: bench-single bench-files bench-footprint bench-kernels
 # Scanning, image writing and ingest, with criterion.
 bench-kernels:
 	$(CARGO) bench -p layer
 
-bench-single: setup-demo
+.PHONY: bench-programs
+bench-programs: setup-demo
 	@$(CARGO) build --quiet --release -p drover-snapshotter -p drover-seeder -p integration --bins
-	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench --runs $(RUNS) $(foreach speed,$(SPEEDS),--speed $(speed))
+
+bench-single: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench --runs $(RUNS) $(foreach speed,$(SPEEDS),--speed $(speed)) \
+	    $(if $(IMAGE),--image $(IMAGE)) $(if $(RIVALS),--rivals) $(if $(COMPLETE),--complete)
+
+bench-files: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/files --runs $(RUNS)
+
+bench-footprint: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/footprint
 
 # What takes too long for every change: the demonstration image compared file by file, more rounds of kills.
 .PHONY: nightly

@@ -14,6 +14,9 @@ use crate::network::{Network, Place};
 use crate::process::{Daemon, run};
 use crate::tools::Tools;
 
+/// Set to a filter for the snapshotters' logs, as their key `log`.
+pub const LOG: &str = "DROVER_LAB_LOG";
+
 /// The seeder's port.
 const PORT: u16 = 7070;
 
@@ -129,6 +132,9 @@ impl Snapshotter {
         let root = folder.join("store");
         let config = folder.join("snapshotter.toml");
         let mut text = format!("root = \"{}\"\nrun = \"{}\"\n", root.display(), sockets.display());
+        if let Ok(filter) = std::env::var(LOG) {
+            text.push_str(&format!("log = \"{filter}\"\n"));
+        }
         text.push_str(&format!("[containerd]\nsocket = \"{}\"\n", containerd.display()));
         text.push_str(&format!("[seeder]\naddresses = [\"{seeder}\"]\n"));
         text.push_str(&cluster.security("node"));

@@ -6,6 +6,7 @@
 //! - [`network`]: registry, seeder and node as three hosts on a switch, with a link speed and byte counters.
 //! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves.
 //! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
+//! - [`rivals`]: other lazy snapshotters, for the benchmarks. [`report`]: tables of medians.
 //! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
 
 pub mod compare;
@@ -17,6 +18,8 @@ pub mod network;
 pub mod pattern;
 pub mod process;
 pub mod registry;
+pub mod report;
+pub mod rivals;
 pub mod sandbox;
 pub mod scene;
 pub mod tools;

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::drover::{all_complete, bytes_fetched};
 use crate::network::{Counter, Link, Place};
 use crate::process::{Usage, run};
+use crate::rivals::Rival;
 use crate::scene::{Node, Scene, drop_caches};
 
 /// How a start is done.
@@ -21,10 +22,12 @@ pub enum Way {
     DroverNew,
     /// Drover, with a seeder that has the image.
     DroverKnown,
+    /// Another lazy snapshotter, with the image that it needs.
+    Rival(Rival),
 }
 
 impl Way {
-    /// All, in the order in which they are shown.
+    /// Those of an image as it is, in the order in which they are shown.
     pub const ALL: [Self; 3] = [Self::Overlayfs, Self::DroverNew, Self::DroverKnown];
 
     /// Name in tables.
@@ -33,6 +36,7 @@ impl Way {
             Self::Overlayfs => "overlayfs, full pull",
             Self::DroverNew => "Drover, seeder new to the image",
             Self::DroverKnown => "Drover, seeder knows the image",
+            Self::Rival(rival) => rival.label(),
         }
     }
 
@@ -41,6 +45,7 @@ impl Way {
         match self {
             Self::Overlayfs => "overlayfs",
             Self::DroverNew | Self::DroverKnown => "drover",
+            Self::Rival(rival) => rival.name(),
         }
     }
 }
@@ -62,7 +67,9 @@ pub struct Start {
     pub seeder_bytes: Option<u64>,
     /// The first line.
     pub line: String,
-    /// What the node's daemon used: the snapshotter, or containerd for overlayfs.
+    /// What the node's daemon had used when the first line came: the snapshotter, or containerd for overlayfs.
+    pub node_usage_first: Usage,
+    /// The same when nothing more was fetched.
     pub node_usage: Usage,
     /// What the seeder used.
     pub seeder_usage: Usage,
@@ -102,13 +109,14 @@ pub fn start(
     say: &dyn Fn(&str),
 ) -> Result<(Start, Node)> {
     match way {
-        Way::Overlayfs => scene.stop_seeder(),
+        Way::Overlayfs | Way::Rival(_) => scene.stop_seeder(),
         Way::DroverNew => scene.start_seeder(true)?,
         Way::DroverKnown => scene.start_seeder(false)?,
     }
     let node = match way {
         Way::Overlayfs => scene.plain_node()?,
         Way::DroverNew | Way::DroverKnown => scene.drover_node("")?,
+        Way::Rival(rival) => scene.rival_node(rival)?,
     };
     drop_caches();
 
@@ -130,6 +138,7 @@ pub fn start(
     let readers = [forward(stdout, sender.clone()), forward(stderr, sender)];
     let first = lines.recv_timeout(FIRST_LINE_DEADLINE);
     let node_bytes_first = since(entered(scene, &node)?, node_before);
+    let node_usage_first = node.daemon().usage();
     let Ok((line, at)) = first else {
         let _ = child.kill();
         let _ = child.wait();
@@ -157,7 +166,7 @@ pub fn start(
         let rest: Vec<_> = lines.try_iter().map(|(line, _)| line).collect();
         bail!("the container failed ({status}): {line}\n{}", rest.join("\n"));
     }
-    if to_the_end && way != Way::Overlayfs {
+    if to_the_end && matches!(way, Way::DroverNew | Way::DroverKnown) {
         say("waiting until everything is here");
         wait_until_complete(&node)?;
     }
@@ -169,10 +178,8 @@ pub fn start(
         node_bytes_end: since(entered(scene, &node)?, node_before),
         seeder_bytes: since(ingested(scene)?, seeder_before),
         line,
-        node_usage: match way {
-            Way::Overlayfs => node.containerd().daemon().usage(),
-            Way::DroverNew | Way::DroverKnown => node.snapshotter()?.daemon().usage(),
-        },
+        node_usage_first,
+        node_usage: node.daemon().usage(),
         seeder_usage: scene.seeder.as_ref().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
     };
     Ok((result, node))

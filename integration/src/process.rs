@@ -150,6 +150,52 @@ impl Drop for Daemon {
     }
 }
 
+/// What one process holds and does, read from `/proc`.
+#[derive(Clone, Debug, Default)]
+pub struct Footprint {
+    /// Its name.
+    pub name: String,
+    /// Resident bytes: all, and those that are its own (not pages of files).
+    pub resident: u64,
+    /// See [`Footprint::resident`].
+    pub anonymous: u64,
+    /// Most that was resident, in bytes.
+    pub peak: u64,
+    /// Processor time so far.
+    pub cpu: Duration,
+    /// How often its threads were put on a processor after they had waited.
+    pub wakes: u64,
+    /// Threads.
+    pub threads: u64,
+}
+
+/// Footprints of a process and all processes below it.
+pub fn footprints(pid: u32) -> Vec<Footprint> {
+    descendants(pid).into_iter().map(footprint).collect()
+}
+
+fn footprint(pid: u32) -> Footprint {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |text: &str, name: &str| -> Option<String> {
+        Some(text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?.trim().to_owned())
+    };
+    let number = |text: &str, name: &str| -> u64 {
+        field(text, name).and_then(|value| value.split(' ').next()?.parse().ok()).unwrap_or(0)
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let wakes = tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
+    let Usage { cpu, peak_memory: peak } = usage_of(pid);
+    Footprint {
+        name: field(&status, "Name").unwrap_or_default(),
+        resident: number(&status, "VmRSS") * 1024,
+        anonymous: number(&status, "RssAnon") * 1024,
+        peak,
+        cpu,
+        wakes: wakes.map(|status| number(&status, "voluntary_ctxt_switches")).sum(),
+        threads: number(&status, "Threads"),
+    }
+}
+
 /// Direct children of a process.
 pub fn children(pid: u32) -> Vec<u32> {
     let parent_of = |entry: &fs::DirEntry| -> Option<(u32, u32)> {

@@ -13,8 +13,9 @@ use nix::unistd::Pid;
 use crate::containerd::Containerd;
 use crate::drover::{Cluster, Seeder, Snapshotter};
 use crate::network::Network;
-use crate::process::{self, wait_for};
+use crate::process::{self, Daemon, wait_for};
 use crate::registry::Registry;
+use crate::rivals::Rival;
 use crate::sandbox::Run;
 use crate::tools::{Tools, workspace};
 
@@ -73,15 +74,20 @@ impl Scene {
 
     /// A node with nothing on its disk, running containerd only.
     pub fn plain_node(&mut self) -> Result<Node> {
-        self.node(None)
+        self.node(Kind::Plain)
     }
 
     /// A node with nothing on its disk, running containerd and Drover. `extra` is added to the snapshotter's configuration.
     pub fn drover_node(&mut self, extra: &str) -> Result<Node> {
-        self.node(Some(extra))
+        self.node(Kind::Drover(extra))
     }
 
-    fn node(&mut self, drover: Option<&str>) -> Result<Node> {
+    /// A node with nothing on its disk, running containerd and another lazy snapshotter.
+    pub fn rival_node(&mut self, rival: Rival) -> Result<Node> {
+        self.node(Kind::Rival(rival))
+    }
+
+    fn node(&mut self, kind: Kind<'_>) -> Result<Node> {
         self.nodes += 1;
         let folder = self.run.folder().join(format!("node-{}", self.nodes));
         let sockets = PathBuf::from(format!("/run/lab-{}", self.nodes));
@@ -91,9 +97,16 @@ impl Scene {
         let containerd_socket = sockets.join("containerd.sock");
         let plain_registry = self.plain_registry();
         // From here on the guard clears the node when a later step fails.
-        let mut node = Node { containerd: None, snapshotter: None, folder, containerd_socket };
+        let mut node = Node { containerd: None, snapshotter: None, rival: None, folder, containerd_socket };
         let mut drop_in = None;
-        if let Some(extra) = drover {
+        if let Kind::Rival(rival) = kind {
+            let registry = plain_registry.as_deref().context("other snapshotters need the private registry")?;
+            let (root, socket) = (node.folder.join("rival"), sockets.join("rival.sock"));
+            let (daemon, text) = rival.start(&self.network, &root, &socket, registry, &node.containerd_socket)?;
+            node.rival = Some(daemon);
+            drop_in = Some(text);
+        }
+        if let Kind::Drover(extra) = kind {
             let cluster = self.cluster()?;
             // A node starts whether there is a seeder or not.
             let seeder = format!("{}:7070", self.network.address(crate::network::Place::Seeder));
@@ -136,11 +149,21 @@ impl Scene {
     }
 }
 
+/// What runs beside containerd.
+#[derive(Clone, Copy)]
+enum Kind<'a> {
+    Plain,
+    /// With lines for its configuration.
+    Drover(&'a str),
+    Rival(Rival),
+}
+
 /// A machine with containerd, and with Drover where it was asked for. Dropping it stops everything on it and removes its disk.
 #[derive(Debug)]
 pub struct Node {
     containerd: Option<Containerd>,
     snapshotter: Option<Snapshotter>,
+    rival: Option<Daemon>,
     folder: PathBuf,
     containerd_socket: PathBuf,
 }
@@ -162,6 +185,12 @@ impl Node {
     /// Its snapshotter, to stop or start it.
     pub fn snapshotter_mut(&mut self) -> Result<&mut Snapshotter> {
         self.snapshotter.as_mut().context("this node runs no snapshotter")
+    }
+
+    /// The daemon that makes its snapshots: a snapshotter, or containerd itself.
+    pub fn daemon(&self) -> &Daemon {
+        let snapshotter = self.snapshotter.as_ref().map(Snapshotter::daemon);
+        self.rival.as_ref().or(snapshotter).unwrap_or_else(|| self.containerd().daemon())
     }
 
     /// Where its state is.
@@ -188,6 +217,7 @@ impl Node {
         kill_shims(&self.containerd_socket);
         self.containerd = None;
         self.snapshotter = None;
+        self.rival = None;
         unmount_below(&self.folder)?;
         if std::env::var_os("DROVER_LAB_KEEP").is_none() {
             fs::remove_dir_all(&self.folder).with_context(|| format!("cannot remove {}", self.folder.display()))?;

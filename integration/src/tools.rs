@@ -49,7 +49,7 @@ impl Tools {
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the tools")?;
         let packages = unpack_packages(&folder, progress)?;
         let tools = Self {
-            containerd: build_containerd(progress)?,
+            containerd: build_go("containerd-2.3", progress)?,
             runc: packages.join("usr/sbin"),
             registry: packages.join("usr/bin/docker-registry"),
             busybox: packages.join("bin/busybox"),
@@ -110,12 +110,14 @@ fn build_drover(progress: &dyn Fn(&str)) -> Result<()> {
     Ok(())
 }
 
-fn build_containerd(progress: &dyn Fn(&str)) -> Result<PathBuf> {
-    if !target()?.join("tools/bin/containerd-2.3").exists() {
-        progress("building containerd 2.3 (once: one to two minutes)");
+/// Builds the Go module `name` of `integration/tools` where it was not built yet, and gives the folder with its programs. Needs a
+/// network, as [`Tools::prepare`] does.
+pub fn build_go(name: &str, progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    if !target()?.join("tools/bin").join(name).exists() {
+        progress(&format!("building {name} (once: one to two minutes)"));
     }
     let mut build = Command::new("bash");
-    build.arg(workspace().join("integration/tools/build.sh")).arg("containerd-2.3").env("CARGO_TARGET_DIR", target()?);
+    build.arg(workspace().join("integration/tools/build.sh")).arg(name).env("CARGO_TARGET_DIR", target()?);
     let printed = run(&mut build)?;
     Ok(PathBuf::from(printed.trim()))
 }

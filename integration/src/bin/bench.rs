@@ -2,24 +2,32 @@
 //!
 //! docs/BENCHMARKS.md says how to read and repeat it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
-use lab::image::demo;
+use clap::{Parser, ValueEnum};
+use lab::image::{demo, torch};
 use lab::measure::{self, Start, Subject, Way};
 use lab::process::Usage;
+use lab::report::{machine, median, publish, spread};
+use lab::rivals::Rival;
 use lab::sandbox::{self, Run};
 use lab::scene::Scene;
-use lab::tools::{Tools, target, workspace};
+use lab::tools::{Tools, workspace};
 
 /// Times container starts with overlayfs and with Drover.
 #[derive(Parser)]
 struct Arguments {
+    /// What is started
+    #[arg(long, value_enum, default_value_t = Which::Demo)]
+    image: Which,
+    /// Time stargz-snapshotter and soci-snapshotter too
+    #[arg(long)]
+    rivals: bool,
     /// Starts of each sort at each speed
     #[arg(long, default_value_t = 3)]
     runs: usize,
@@ -32,6 +40,15 @@ struct Arguments {
     /// Folder for state and the built image
     #[arg(long)]
     folder: Option<PathBuf>,
+}
+
+/// An image of the lab.
+#[derive(Clone, Copy, ValueEnum)]
+enum Which {
+    /// 280 MB in some 90 000 files; Python with numpy, scipy and pandas
+    Demo,
+    /// 1.9 GB in few big files; PyTorch with CUDA
+    Torch,
 }
 
 fn main() -> ExitCode {
@@ -49,72 +66,105 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
     let say = |text: &str| eprintln!("[{:6.1} s] {text}", clock.elapsed().as_secs_f64());
     let tools = Tools::prepare(&say)?;
     let cache = run.folder().parent().context("the run folder has no parent")?.join("image-cache");
-    let image = demo::build(&cache, &say)?;
+    let (image, program) = match arguments.image {
+        Which::Demo => (demo::build(&cache, &say)?, demo::PROGRAM),
+        Which::Torch => (torch::build(&cache, &say)?, torch::PROGRAM),
+    };
+    let rivals = if arguments.rivals { &Rival::ALL[..] } else { &[] };
+    let mut pushed = vec![(None, image.clone())];
+    for rival in rivals {
+        pushed.push((Some(*rival), rival.image(&image, &say)?));
+    }
     let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
     let registry = scene.registry.as_ref().context("the private registry is missing")?;
-    let reference = registry.push(&scene.network, &image, "bench/science", "1")?;
-    let subject = Subject { reference, program: demo::PROGRAM.map(str::to_owned).to_vec() };
+    let mut subjects = BTreeMap::new();
+    for (rival, image) in &pushed {
+        let repository = format!("bench/{}", rival.map_or("subject", Rival::name));
+        let reference = registry.push(&scene.network, image, &repository, "1")?;
+        subjects.insert(*rival, Subject { reference, program: program.map(str::to_owned).to_vec() });
+    }
 
+    let ways: Vec<Way> = Way::ALL.into_iter().chain(rivals.iter().copied().map(Way::Rival)).collect();
     let mut starts: Vec<(u32, Way, Start)> = Vec::new();
     for number in 1..=arguments.runs {
         for &speed in &arguments.speeds {
             scene.network.set_speed(speed)?;
-            for way in Way::ALL {
-                let (start, node) = measure::start(&mut scene, way, &subject, arguments.complete, &|_| {})
+            for &way in &ways {
+                let subject = match way {
+                    Way::Rival(rival) => &subjects[&Some(rival)],
+                    Way::Overlayfs | Way::DroverNew | Way::DroverKnown => &subjects[&None],
+                };
+                let (start, node) = measure::start(&mut scene, way, subject, arguments.complete, &|_| {})
                     .with_context(|| format!("run {number}, {speed} Mbit/s, {}", way.label()))?;
                 drop(node);
-                let seconds = start.first_line.as_secs_f64();
-                say(&format!("run {number} of {}, {speed} Mbit/s, {}: {seconds:.2} s", arguments.runs, way.label()));
+                say(&format!(
+                    "run {number} of {}, {speed} Mbit/s, {}: {:.2} s, {:.1} MB; daemon {}",
+                    arguments.runs,
+                    way.label(),
+                    start.first_line.as_secs_f64(),
+                    start.node_bytes_first.unwrap_or(0) as f64 / 1e6,
+                    usage([start.node_usage_first].into_iter()),
+                ));
                 starts.push((speed, way, start));
             }
         }
     }
-    let text = report(arguments, &starts, image.compressed_size())?;
-    println!("{text}");
-    let path = target()?.join("bench-single.md");
-    fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
-    eprintln!("written to {}", path.display());
-    Ok(())
+    let name = match arguments.image {
+        Which::Demo => "bench-single",
+        Which::Torch => "bench-single-torch",
+    };
+    publish(name, &report(arguments, &ways, &starts, image.compressed_size())?)
 }
 
-fn report(arguments: &Arguments, starts: &[(u32, Way, Start)], compressed: u64) -> Result<String> {
+fn report(arguments: &Arguments, ways: &[Way], starts: &[(u32, Way, Start)], compressed: u64) -> Result<String> {
     let mut text = String::new();
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let processors = std::thread::available_parallelism().map_or(0, usize::from);
     writeln!(
         text,
-        "Medians of {} interleaved starts; image of {:.1} MB compressed; Linux {}, {processors} processors.\n",
+        "Medians of {} interleaved starts; image of {:.1} MB compressed; {}.\n",
         arguments.runs,
         compressed as f64 / 1e6,
-        kernel.trim()
+        machine()
     )?;
+    let (head, rule) = if arguments.complete {
+        ("| in the end | node daemon CPU, peak memory in the end ", "| ---: | ---: ")
+    } else {
+        ("", "")
+    };
     writeln!(
         text,
         "| Mbit/s | start | first output | ratio to overlayfs | (least to most) | into the node by then | registry to seeder | \
-         node daemon CPU, peak memory | seeder CPU, peak memory |"
+         node daemon CPU, peak memory by then {head}| seeder CPU, peak memory |"
     )?;
-    writeln!(text, "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
+    writeln!(text, "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: {rule}| ---: |")?;
     for &speed in &arguments.speeds {
         let of = |way: Way| starts.iter().filter(move |(s, w, _)| (*s, *w) == (speed, way)).map(|(_, _, start)| start);
         let first = |start: &Start| start.first_line.as_secs_f64();
         let base = median(of(Way::Overlayfs).map(first));
-        for way in Way::ALL {
+        for &way in ways {
             let time = median(of(way).map(first));
-            let pairs: Vec<f64> = of(way).zip(of(Way::Overlayfs)).map(|(a, b)| first(a) / first(b)).collect();
-            let (least, most) = pairs.iter().fold((f64::MAX, f64::MIN), |(l, m), r| (l.min(*r), m.max(*r)));
+            let (least, most) = spread(of(way).zip(of(Way::Overlayfs)).map(|(a, b)| first(a) / first(b)));
             let share = |bytes: Option<u64>| bytes.map_or(f64::NAN, |bytes| bytes as f64);
-            let node = median(of(way).map(|start| share(start.node_bytes_first)));
-            let seeder = median(of(way).map(|start| share(start.seeder_bytes)));
+            let entered = |bytes: f64| format!("{:.1} MB ({:.0} %)", bytes / 1e6, bytes / compressed as f64 * 100.0);
+            let is_drover = matches!(way, Way::DroverNew | Way::DroverKnown);
+            let end = match arguments.complete {
+                true if is_drover => format!(
+                    "| {} | {} ",
+                    entered(median(of(way).map(|start| share(start.node_bytes_end)))),
+                    usage(of(way).map(|start| start.node_usage))
+                ),
+                true => "| | ".to_owned(),
+                false => String::new(),
+            };
+            let seeder = median(of(way).map(|start| share(start.seeder_bytes))) / 1e6;
             writeln!(
                 text,
-                "| {speed} | {} | {time:.2} s | {:.2} | {least:.2} to {most:.2} | {:.1} MB ({:.0} %) | {:.1} MB | {} | {} |",
+                "| {speed} | {} | {time:.2} s | {:.3} | {least:.3} to {most:.3} | {} | {} | {} {end}| {} |",
                 way.label(),
                 time / base,
-                node / 1e6,
-                node / compressed as f64 * 100.0,
-                seeder / 1e6,
-                usage(of(way).map(|start| start.node_usage)),
-                if way == Way::Overlayfs { "-".to_owned() } else { usage(of(way).map(|start| start.seeder_usage)) },
+                entered(median(of(way).map(|start| share(start.node_bytes_first)))),
+                if is_drover { format!("{seeder:.1} MB") } else { String::new() },
+                usage(of(way).map(|start| start.node_usage_first)),
+                if is_drover { usage(of(way).map(|start| start.seeder_usage)) } else { String::new() },
             )?;
         }
     }
@@ -126,13 +176,4 @@ fn usage(all: impl Iterator<Item = Usage> + Clone) -> String {
     let cpu = median(all.clone().map(|usage| usage.cpu.as_secs_f64()));
     let memory = median(all.map(|usage| usage.peak_memory as f64));
     format!("{cpu:.2} s, {:.0} MB", memory / 1e6)
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match (values.get(values.len() / 2), values.get(values.len().saturating_sub(1) / 2)) {
-        (Some(a), Some(b)) => f64::midpoint(*a, *b),
-        _ => f64::NAN,
-    }
 }
