@@ -137,8 +137,9 @@ pub async fn serve(
     Ok(())
 }
 
-/// Readahead of the device mount. EROFS asks for what its own readahead wants; larger requests only help sequential readers.
-const READ_AHEAD: u64 = 1 << 20;
+/// Readahead of the device mount: what EROFS asks for and no more. The kernel takes requests that follow each other in a device for a
+/// sequential reader, but they are neighbouring files. With 1 MiB the first output of the demonstration took a quarter more bytes.
+const READ_AHEAD: u64 = 128 << 10;
 
 fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> anyhow::Result<ImageLayers> {
     let not_lazy = probe::file_backed_erofs(&config.root).err().map(|error| error.to_string());
