@@ -46,7 +46,7 @@ func serve(root, socket, registry, containerd string) error {
 		return errors.New("soci-snapshotter has no default configuration")
 	}
 	settings.ResolverConfig.Host = map[string]config.HostConfig{
-		registry: {Mirrors: []config.MirrorConfig{{Host: registry, Insecure: true}}},
+		registry: {Mirrors: []config.MirrorConfig{{Host: "http://" + registry, Insecure: true}}},
 	}
 	settings.FSConfig.ContentStoreConfig.ContainerdAddress = containerd
 	if err := os.MkdirAll(root, 0o700); err != nil {
