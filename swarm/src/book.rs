@@ -33,6 +33,8 @@ pub(crate) struct Want {
     order: u64,
     pub(crate) place: Place,
     pub(crate) deadline: Option<Duration>,
+    /// The deadline that it had before it was put off for a stream.
+    pub(crate) deadline_before: Option<Duration>,
     pub(crate) unpark_at: Option<Duration>,
     pub(crate) expire_at: Option<Duration>,
     /// What each source's last failure was.
@@ -79,10 +81,13 @@ pub(crate) struct Fetch {
     pub(crate) cover: Range<u32>,
     pub(crate) got: BTreeSet<u32>,
     pub(crate) priority: Priority,
+    /// What it counts for at its source.
     pub(crate) bytes: u64,
     pub(crate) started: Duration,
     pub(crate) last_progress: Duration,
     pub(crate) hedge_at: Option<Duration>,
+    /// It moves a whole unit that is a stream ([`Config::stream_bytes_min`](crate::Config::stream_bytes_min)).
+    pub(crate) is_stream: bool,
     /// It asks a second time for what another fetch was late with.
     pub(crate) is_hedge: bool,
 }

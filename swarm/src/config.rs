@@ -46,6 +46,17 @@ pub struct Config {
     pub quiet: Duration,
     /// Background leaves a nearer kind of source for a farther one only when the nearer ones failed for so long.
     pub background_fallback_after: Duration,
+    /// A unit larger than this is a *stream*: a zstd frame of hundreds of MiB, which can only be read from its start. It is not
+    /// waited for while a nearer source may give the chunk, and never begun as a hedge.
+    pub stream_bytes_min: u64,
+    /// What a stream counts for in the bytes in flight: a share of the link for as long as it takes, not its whole length.
+    pub stream_load_bytes: u64,
+    /// Demand begins a stream only when the nearer sources failed for so long: a pause of a seeder must not make every node
+    /// fetch whole layers.
+    pub stream_fallback_after: Duration,
+    /// A chunk on a stream that moves is waited for so much longer than its deadline. With the default deadline of 60 s a
+    /// reader waits less than the 120 s after which the kernel reports it as hung.
+    pub stream_patience: Duration,
     /// A readahead that found no source for so long is forgotten: nobody may need it any more.
     pub readahead_expiry: Duration,
 }
@@ -69,6 +80,10 @@ impl Default for Config {
             in_flight_fetches_max: [16, 8, 3],
             quiet: Duration::from_secs(2),
             background_fallback_after: Duration::from_secs(10),
+            stream_bytes_min: 32 << 20,
+            stream_load_bytes: 4 << 20,
+            stream_fallback_after: Duration::from_secs(5),
+            stream_patience: Duration::from_secs(45),
             readahead_expiry: Duration::from_secs(10),
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::book::Book;
 use crate::config::Config;
 use crate::source::Source;
-use crate::swarm::{Priority, SourceId};
+use crate::swarm::{Priority, SourceId, SourceKind};
 
 /// What to do about a queued chunk.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,6 +25,44 @@ pub(crate) enum Choice {
     Park(Option<Duration>),
 }
 
+/// What a chunk may hope for that a stream will bring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nearer {
+    /// A source nearer than the stream's can be asked.
+    Usable,
+    /// There is one, and it rests.
+    Rests {
+        /// When it can be asked again.
+        until: Duration,
+    },
+    /// There is none.
+    None,
+}
+
+/// Whether a source of a nearer kind than `kind` may give `chunk`.
+pub(crate) fn nearer(
+    sources: &BTreeMap<SourceId, Source>,
+    book: &Book,
+    now: Duration,
+    chunk: u32,
+    priority: Priority,
+    kind: SourceKind,
+) -> Nearer {
+    let nearer =
+        book.sources.keys().filter_map(|id| Some((*id, sources.get(id)?))).filter(|(_, source)| source.kind < kind);
+    match nearer.map(|(id, source)| from(source, book, id, chunk, priority)).min() {
+        None => Nearer::None,
+        Some(until) if until > now => Nearer::Rests { until },
+        Some(_) => Nearer::Usable,
+    }
+}
+
+/// From when `source` may be asked for `chunk`.
+fn from(source: &Source, book: &Book, id: SourceId, chunk: u32, priority: Priority) -> Duration {
+    let avoided = book.want(chunk).and_then(|want| want.avoid.get(&id)).map_or(Duration::ZERO, |avoid| avoid.until);
+    source.rests_until(priority).max(avoided)
+}
+
 /// Chooses for `chunk`, which is queued with `priority`. Sources in `except` are not asked.
 pub(crate) fn choose(
     config: &Config,
@@ -39,8 +77,7 @@ pub(crate) fn choose(
     let mut resting: Vec<(Duration, &Source)> = Vec::new();
     for id in book.sources.keys().filter(|id| Some(**id) != except) {
         let Some(source) = sources.get(id) else { continue };
-        let avoided = book.want(chunk).and_then(|want| want.avoid.get(id)).map_or(Duration::ZERO, |avoid| avoid.until);
-        let from = source.rests_until(priority).max(avoided);
+        let from = from(source, book, *id, chunk, priority);
         if from > now {
             resting.push((from, source));
         } else {
@@ -51,27 +88,39 @@ pub(crate) fn choose(
     let Some(kind) = usable.iter().map(|(_, source)| source.kind).min() else {
         return Choice::Park(resting.iter().map(|(from, _)| *from).min());
     };
-    if priority == Priority::Background {
-        // Nobody waits for it, so it leaves a nearer source for a farther one only when that one seems gone for good.
+    let nearest = usable.iter().filter(|(_, source)| source.kind == kind);
+    let Some((id, source)) = nearest.min_by_key(|(id, source)| (source.in_flight_bytes(), *id)) else {
+        return Choice::Park(None);
+    };
+    let run = run(config, book, *id, chunk, priority);
+    let bytes = book.bytes(&book.cover(*id, &run));
+    let patience = match priority {
+        Priority::Background => Some(config.background_fallback_after),
+        Priority::Demand | Priority::Readahead if bytes > config.stream_bytes_min => Some(config.stream_fallback_after),
+        Priority::Demand | Priority::Readahead => None,
+    };
+    if let Some(patience) = patience {
+        // Nobody waits for it, or it costs the whole cluster much: a nearer source is left for a farther one only when that
+        // one seems gone for good.
         let nearer = resting.iter().filter(|(_, source)| source.kind < kind);
         let until = nearer.filter_map(|(from, source)| {
-            let gone_at = source.fails_for_at(config.background_fallback_after).unwrap_or(*from);
+            let gone_at = source.fails_for_at(patience).unwrap_or(*from);
             (gone_at > now).then_some(gone_at.min(*from))
         });
         if let Some(until) = until.min() {
             return Choice::Park(Some(until));
         }
     }
-    let nearest = usable.iter().filter(|(_, source)| source.kind == kind);
-    let Some((id, source)) = nearest.min_by_key(|(id, source)| (source.in_flight_bytes(), *id)) else {
-        return Choice::Park(None);
-    };
-    let run = run(config, book, *id, chunk, priority);
-    if source.has_room(config, priority, book.bytes(&book.cover(*id, &run))) {
+    if source.has_room(config, priority, load(config, bytes)) {
         Choice::Fetch { source: *id, run }
     } else {
         Choice::Busy
     }
+}
+
+/// What a fetch of `bytes` counts for at its source.
+pub(crate) fn load(config: &Config, bytes: u64) -> u64 {
+    if bytes > config.stream_bytes_min { config.stream_load_bytes } else { bytes }
 }
 
 /// The longest run from `chunk` on whose chunks all wait for a fetch, with any priority: the bytes of a readahead behind

@@ -9,7 +9,7 @@ use layer::Geometry;
 
 use crate::book::{Avoid, Book, Failed, Fetch, Place};
 use crate::config::Config;
-use crate::picker::{self, Choice};
+use crate::picker::{self, Choice, Nearer};
 use crate::source::Source;
 use crate::timer::{Timer, Timers};
 
@@ -284,9 +284,10 @@ impl Swarm {
         let Some(book) = self.books.get(&layer) else { return };
         for id in book.fetches.clone() {
             let Some(fetch) = self.fetches.get(&id) else { continue };
-            let is_useless = fetch.carries(chunk)
-                && self.books.get(&layer).is_some_and(|book| book.wants(fetch.cover.clone()).next().is_none());
-            if is_useless {
+            let is_useless = |book: &Book| {
+                !book.wants(fetch.cover.clone()).any(|(_, want)| !fetch.is_stream || want.place == Place::Carried)
+            };
+            if fetch.carries(chunk) && self.books.get(&layer).is_some_and(is_useless) {
                 self.cancel_fetch(id);
             }
         }
@@ -383,7 +384,13 @@ impl Swarm {
     /// Whether demand is wanted, or was within [`Config::quiet`].
     pub fn is_quiet(&self, now: Duration) -> bool {
         self.last_demand.is_none_or(|last| now.saturating_sub(last) >= self.config.quiet)
-            && !self.fetches.values().any(|fetch| fetch.priority == Priority::Demand)
+            && !self.fetches.values().any(|fetch| fetch.priority == Priority::Demand && self.is_waited_for(fetch))
+    }
+
+    /// Whether demand waits for a fetch. A stream goes on for long after what was demanded of it came.
+    fn is_waited_for(&self, fetch: &Fetch) -> bool {
+        let demanded = |book: &Book| book.wants(fetch.cover.clone()).any(|(_, want)| want.wants(Priority::Demand));
+        !fetch.is_stream || self.books.get(&fetch.layer).is_some_and(demanded)
     }
 
     fn want_chunk(&mut self, layer: LayerKey, chunk: u32, priority: Priority, deadline: Duration) {
@@ -422,7 +429,10 @@ impl Swarm {
         book.set_wanted(chunk, priority, false);
         let Some(want) = book.want_mut(chunk) else { return };
         match priority {
-            Priority::Demand => self.timers.set(&mut want.deadline, None, Timer::Deadline(layer, chunk)),
+            Priority::Demand => {
+                want.deadline_before = None;
+                self.timers.set(&mut want.deadline, None, Timer::Deadline(layer, chunk));
+            }
             Priority::Readahead => self.timers.set(&mut want.expire_at, None, Timer::Expire(layer, chunk)),
             Priority::Background => {}
         }
@@ -437,14 +447,22 @@ impl Swarm {
     fn enqueue(&mut self, layer: LayerKey, chunk: u32) {
         let Some(book) = self.books.get_mut(&layer) else { return };
         let Some(priority) = book.want(chunk).and_then(|want| want.priority()) else { return };
-        let carriers: Vec<FetchId> = book
-            .fetches
-            .iter()
-            .copied()
-            .filter(|id| self.fetches.get(id).is_some_and(|fetch| fetch.carries(chunk)))
-            .collect();
+        let nearer = |fetch: &Fetch| match self.sources.get(&fetch.source) {
+            Some(source) if fetch.is_stream => {
+                picker::nearer(&self.sources, book, self.now, chunk, priority, source.kind)
+            }
+            _ => Nearer::None,
+        };
+        let is_carrier = |fetch: &Fetch| fetch.carries(chunk) && nearer(fetch) != Nearer::Usable;
+        let carriers: Vec<FetchId> =
+            book.fetches.iter().copied().filter(|id| self.fetches.get(id).is_some_and(is_carrier)).collect();
+        let rests = carriers.iter().filter_map(|id| self.fetches.get(id)).filter_map(|fetch| match nearer(fetch) {
+            Nearer::Rests { until } => Some(until),
+            Nearer::Usable | Nearer::None => None,
+        });
+        let look_again = rests.min();
         if let Some(want) = book.want_mut(chunk) {
-            self.timers.set(&mut want.unpark_at, None, Timer::Unpark(layer, chunk));
+            self.timers.set(&mut want.unpark_at, look_again, Timer::Unpark(layer, chunk));
         }
         book.place(chunk, if carriers.is_empty() { Place::Queued(priority) } else { Place::Carried });
         for id in carriers {
@@ -496,6 +514,12 @@ impl Swarm {
             && let Some((_, chunk)) = book.queued(priority).next()
         {
             match picker::choose(&self.config, &self.sources, book, self.now, chunk, priority, None) {
+                // It was queued for a nearer source, which is gone.
+                Choice::Fetch { source, .. } if self.streams(layer, source, chunk) => {
+                    if let Some(book) = self.books.get_mut(&layer) {
+                        book.place(chunk, Place::Carried);
+                    }
+                }
                 Choice::Fetch { source, run } => {
                     self.start(layer, source, run, priority, false);
                     return true;
@@ -507,10 +531,18 @@ impl Swarm {
         false
     }
 
+    /// Whether a stream from `source` will bring the chunk.
+    fn streams(&self, layer: LayerKey, source: SourceId, chunk: u32) -> bool {
+        let Some(book) = self.books.get(&layer) else { return false };
+        let mut fetches = book.fetches.iter().filter_map(|id| self.fetches.get(id));
+        fetches.any(|fetch| fetch.is_stream && fetch.source == source && fetch.carries(chunk))
+    }
+
     fn start(&mut self, layer: LayerKey, source: SourceId, run: Range<u32>, priority: Priority, is_hedge: bool) {
         let Some(book) = self.books.get_mut(&layer) else { return };
         let cover = book.cover(source, &run);
-        let bytes = book.bytes(&cover);
+        let whole = book.bytes(&cover);
+        let bytes = picker::load(&self.config, whole);
         let carried: Vec<u32> = book.wants(cover.clone()).map(|(chunk, _)| chunk).collect();
         let urgent = carried.iter().filter_map(|chunk| book.want(*chunk)?.priority()).min();
         let id = FetchId(self.next_fetch);
@@ -528,6 +560,7 @@ impl Swarm {
             started: self.now,
             last_progress: self.now,
             hedge_at: None,
+            is_stream: whole > self.config.stream_bytes_min,
             is_hedge,
         };
         self.fetches.insert(id, fetch);
@@ -596,10 +629,15 @@ impl Swarm {
     fn choose_hedge(&self, book: &Book, chunk: u32, late: SourceId) -> Choice {
         let choose =
             |except| picker::choose(&self.config, &self.sources, book, self.now, chunk, Priority::Demand, except);
-        match choose(Some(late)) {
+        let is_stream = |choice: &Choice| match choice {
+            Choice::Fetch { source, run } => book.bytes(&book.cover(*source, run)) > self.config.stream_bytes_min,
+            Choice::Busy | Choice::Park(_) => false,
+        };
+        let choice = match choose(Some(late)) {
             Choice::Park(_) => choose(None),
             choice => choice,
-        }
+        };
+        if is_stream(&choice) { Choice::Park(None) } else { choice }
     }
 
     fn expire_demand(&mut self, layer: LayerKey, chunk: u32) {
@@ -612,8 +650,21 @@ impl Swarm {
             .filter(|fetch| fetch.carries(chunk) && fetch.started < now)
             .map(|fetch| fetch.source)
             .collect();
+        let moving_since = now.saturating_sub(self.config.hedge_after_max);
+        let is_coming = book
+            .fetches
+            .iter()
+            .filter_map(|id| self.fetches.get(id))
+            .filter(|fetch| fetch.is_stream && fetch.carries(chunk))
+            .any(|fetch| !fetch.got.is_empty() && fetch.last_progress >= moving_since);
         let Some(want) = book.want_mut(chunk) else { return };
         want.deadline = None;
+        let last = *want.deadline_before.get_or_insert(now) + self.config.stream_patience;
+        if is_coming && now < last {
+            let at = (now + self.config.hedge_after_max).min(last);
+            self.timers.set(&mut want.deadline, Some(at), Timer::Deadline(layer, chunk));
+            return;
+        }
         let mut reasons: BTreeMap<SourceId, Option<Arc<str>>> =
             std::mem::take(&mut want.reasons).into_iter().map(|(source, failure)| (source, Some(failure))).collect();
         for source in silent {

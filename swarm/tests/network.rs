@@ -11,6 +11,8 @@ use swarm::{Action, Config, FetchId, LayerKey, Outcome, Priority, SourceId, Sour
 const LOG2: u8 = 17;
 const CHUNK: u64 = 1 << LOG2;
 const DEADLINE: Duration = Duration::from_secs(20);
+/// Chunks of a unit that is a stream.
+const STREAM: u32 = 1000;
 
 /// How a source behaves. Chances are of 256.
 #[derive(Clone, Debug)]
@@ -111,6 +113,12 @@ impl Net {
         }
     }
 
+    /// How long a chunk may be waited for.
+    fn patience(&self) -> Duration {
+        let has_streams = self.behaviours.iter().any(|behaviour| behaviour.unit == STREAM);
+        if has_streams { DEADLINE + self.config.stream_patience } else { DEADLINE }
+    }
+
     fn at(&mut self, time: Duration, event: Event) {
         self.next += 1;
         self.events.insert((time, self.next, event));
@@ -196,7 +204,7 @@ impl Net {
                 }
                 Action::Fail { layer, chunk, .. } => {
                     if let Some(since) = self.wanted_at.remove(&(layer.0, chunk)) {
-                        assert!(self.now - since <= DEADLINE, "failed late");
+                        assert!(self.now - since <= self.patience(), "failed late");
                     }
                     self.failed.push((self.now, layer.0, chunk));
                 }
@@ -204,14 +212,18 @@ impl Net {
         }
         // The contract: nobody waits beyond the deadline.
         for ((layer, chunk), since) in &self.wanted_at {
-            assert!(self.now - *since < DEADLINE, "chunk {chunk} of {layer} waits for {:?}", self.now - *since);
+            assert!(self.now - *since < self.patience(), "chunk {chunk} of {layer} waits for {:?}", self.now - *since);
         }
     }
 
     fn fetch(&mut self, id: FetchId, layer: u64, source: usize, run: Range<u32>, priority: Priority, is_hedge: bool) {
         assert!(!run.is_empty() && run.end <= self.chunks);
         self.hedges += usize::from(is_hedge);
-        let others: Vec<_> = self.running.values().filter(|(other, ..)| *other == layer).collect();
+        let others: Vec<_> = self
+            .running
+            .values()
+            .filter(|(other, _, run, ..)| *other == layer && run.len() < STREAM as usize)
+            .collect();
         if !is_hedge {
             for (_, _, other, ..) in &others {
                 assert!(
@@ -228,7 +240,9 @@ impl Net {
         self.running.insert(id, (layer, source, cover.clone(), priority, is_hedge));
         let at_source: Vec<_> = self.running.values().filter(|(_, at, ..)| *at == source).collect();
         assert!(at_source.len() <= self.config.in_flight_fetches_max[0].max(1));
-        let bytes: u64 = at_source.iter().map(|(_, _, run, ..)| u64::from(run.end - run.start) * CHUNK).sum();
+        let counted =
+            |run: &Range<u32>| if run.len() < STREAM as usize { u64::from(run.end - run.start) * CHUNK } else { 0 };
+        let bytes: u64 = at_source.iter().map(|(_, _, run, ..)| counted(run)).sum();
         assert!(
             at_source.len() == 1 || bytes <= self.config.in_flight_bytes_max[0] + 20 * CHUNK * u64::from(unit.max(1))
         );
@@ -356,6 +370,65 @@ fn one_span_is_fetched_once() {
     net.run(Duration::from_secs(5));
     assert_eq!(fetches(&net), [(0, 3..4, Priority::Demand)]);
     assert_eq!(net.bytes[0], 32 * CHUNK);
+}
+
+/// A zstd frame that is the whole layer, at a registry alone.
+fn stream(bytes_per_sec: u64) -> Behaviour {
+    Behaviour { unit: STREAM, bytes_per_sec, ..Behaviour::good(SourceKind::Registry) }
+}
+
+#[test]
+fn a_stream_serves_all_reads_and_is_fetched_once() {
+    // It takes 26 s, which is longer than the deadline of who waits for its end.
+    let mut net = Net::new(1, 1, STREAM, vec![stream(5_000_000)]);
+    for (millis, chunk) in [(0, 990), (10, 3), (700, 500), (9000, 2), (9000, 800)] {
+        net.want_at(millis, 0, chunk..chunk + 1, Priority::Demand);
+    }
+    net.want_at(100, 0, 0..STREAM, Priority::Background);
+    net.run(Duration::from_secs(60));
+    assert_eq!((fetches(&net).len(), net.hedges, net.failed.len()), (1, 0, 0));
+    assert_eq!(net.here.len(), STREAM as usize);
+}
+
+#[test]
+fn a_stream_that_stops_does_not_put_deadlines_off() {
+    let mut net = Net::new(1, 1, STREAM, vec![Behaviour { stall: 255, ..stream(5_000_000) }]);
+    net.want_at(0, 0, 990..991, Priority::Demand);
+    net.run(DEADLINE + Duration::from_secs(1));
+    assert_eq!(net.failed.first().map(|(at, ..)| *at), Some(DEADLINE));
+}
+
+#[test]
+fn a_stream_holds_up_no_other_layer() {
+    let mut net = Net::new(1, 2, STREAM, vec![stream(5_000_000)]);
+    net.want_at(0, 0, 990..991, Priority::Demand);
+    net.want_at(100, 1, 0..1, Priority::Demand);
+    net.run(Duration::from_secs(1));
+    assert_eq!(fetches(&net).len(), 2);
+}
+
+#[test]
+fn a_seeder_that_pauses_does_not_start_streams() {
+    let seeder = Behaviour { down_until: Duration::from_secs(2), ..Behaviour::good(SourceKind::Seeder) };
+    let mut net = Net::new(1, 1, STREAM, vec![seeder, stream(25_000_000)]);
+    net.want_at(0, 0, 990..991, Priority::Demand);
+    net.run(Duration::from_secs(5));
+    assert_eq!((net.delivered_after.len(), net.bytes[1]), (1, 0));
+}
+
+#[test]
+fn a_seeder_that_is_back_is_asked_beside_a_stream() {
+    let seeder = Behaviour { down_until: Duration::from_secs(10), ..Behaviour::good(SourceKind::Seeder) };
+    let mut net = Net::new(1, 1, STREAM, vec![seeder, stream(5_000_000)]);
+    net.want_at(0, 0, 990..991, Priority::Demand);
+    net.want_at(13_000, 0, 900..901, Priority::Demand);
+    net.run(Duration::from_secs(16));
+    assert!(net.bytes[1] > 0, "the stream began when the seeder seemed gone");
+    let [first, second] = net.delivered_after[..] else { panic!("{:?}", net.delivered_after) };
+    assert!(first < Duration::from_secs(13), "{first:?}");
+    assert!(second < Duration::from_millis(100), "{second:?}");
+    // What is wanted comes from the seeder, so the stream was stopped.
+    assert!(net.trace.iter().any(|(_, action)| matches!(action, Action::Cancel { .. })));
 }
 
 #[test]
