@@ -9,6 +9,10 @@ use layer::span::SpanInflater;
 use layer::{ChunkIndex, Geometry};
 
 use crate::cutter::Cutter;
+use crate::source::ChunkSink;
+
+/// Device bytes that are given in one go. Chosen: a few milliseconds of a thread that others wait for.
+const PUSH_LEN: u64 = 1 << 20;
 
 /// The device ranges of `spans`, for [`Source::units`](crate::source::Source::units).
 pub fn units(spans: &Spans) -> Vec<Range<u64>> {
@@ -21,6 +25,12 @@ pub fn likely_units(geometry: Geometry) -> Vec<Range<u64>> {
     (0..size.div_ceil(SPAN_LEN)).map(|n| n * SPAN_LEN..((n + 1) * SPAN_LEN).min(size)).collect()
 }
 
+/// Whether fetching `covering` moves far more than [`likely_units`] promised. Whoever planned by those should look at the units
+/// again first: a single zstd frame of hundreds of MiB would be fetched for each read.
+pub fn surprises(covering: &[Span]) -> bool {
+    covering.iter().any(|span| span.device.end - span.device.start > 8 * SPAN_LEN)
+}
+
 /// Inflates spans that stand one behind the other in the blob, and cuts what comes out into chunks.
 pub struct SpanPass<'a> {
     spans: std::slice::Iter<'a, Span>,
@@ -30,6 +40,8 @@ pub struct SpanPass<'a> {
     /// Offset in the blob of the next byte.
     at: u64,
     cutter: Cutter,
+    /// Bytes taken that no chunk was counted with.
+    untold: usize,
     is_done: bool,
 }
 
@@ -44,6 +56,7 @@ impl<'a> SpanPass<'a> {
             before: None,
             at: start,
             cutter: Cutter::new(geometry, device_start),
+            untold: 0,
             is_done: spans.is_empty(),
         }
     }
@@ -53,52 +66,98 @@ impl<'a> SpanPass<'a> {
         self.is_done
     }
 
-    /// Takes the next bytes of the blob and gives the chunks that became whole. They are not verified.
-    pub fn push(&mut self, mut bytes: &[u8]) -> Result<Vec<(ChunkIndex, Vec<u8>)>, String> {
-        let mut chunks = Vec::new();
-        let mut sink = |chunk: ChunkIndex, plain: &[u8]| chunks.push((chunk, plain.to_vec()));
-        while !self.is_done {
-            let (span, inflater) = match &mut self.current {
-                Some(current) => current,
-                None => {
-                    let Some(span) = self.spans.next() else {
-                        self.is_done = true;
-                        break;
-                    };
-                    let mut inflater = SpanInflater::new(span).map_err(|error| error.to_string())?;
-                    // Neighbours share a byte where one ends and the other begins inside it.
-                    if span.blob.start.checked_add(1) == Some(self.at)
-                        && let Some(shared) = self.before
-                    {
-                        let cutter = &mut self.cutter;
-                        inflater
-                            .push(&[shared], &mut |plain| cutter.push(plain, &mut sink))
-                            .map_err(|error| error.to_string())?;
-                    } else if span.blob.start != self.at {
-                        return Err(format!("a span begins at {}, not at {}", span.blob.start, self.at));
-                    }
-                    self.current.insert((span, inflater))
+    /// Offset in the blob of the next byte that is needed.
+    pub const fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Takes the next bytes of the blob and gives the chunks that become whole to `sink`; an error says why the bytes cannot be
+    /// right. A few bytes can inflate to any number, so other tasks get their turn now and then.
+    pub async fn take(&mut self, bytes: &[u8], sink: &mut dyn ChunkSink) -> Result<(), String> {
+        self.untold += bytes.len();
+        let mut rest = bytes;
+        loop {
+            let mut untold = std::mem::take(&mut self.untold);
+            let mut wrong = None;
+            let pushed = self.push(rest, &mut |chunk, plain| {
+                if wrong.is_none() {
+                    wrong = sink.chunk(chunk, plain, std::mem::take(&mut untold)).err();
                 }
+            })?;
+            self.untold = untold;
+            if let Some(wrong) = wrong {
+                return Err(wrong.to_string());
+            }
+            rest = rest.get(pushed.taken..).unwrap_or_default();
+            if pushed.wants_more || self.is_done {
+                return Ok(());
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Takes some of the bytes and gives about [`PUSH_LEN`] for them.
+    fn push(&mut self, bytes: &[u8], sink: &mut dyn FnMut(ChunkIndex, &[u8])) -> Result<Pushed, String> {
+        let (mut taken, mut given) = (0, 0);
+        while !self.is_done && given < PUSH_LEN {
+            let Some((span, inflater)) = &mut self.current else {
+                self.begin_span(sink)?;
+                continue;
             };
-            if self.at == span.blob.end {
+            let rest = bytes.get(taken..).unwrap_or_default();
+            let left = usize::try_from(span.blob.end - self.at).unwrap_or(usize::MAX);
+            let now = rest.get(..left).unwrap_or(rest);
+            let cutter = &mut self.cutter;
+            let step = inflater.step(now, &mut |plain| {
+                given += plain.len() as u64;
+                cutter.push(plain, sink);
+            });
+            let step = step.map_err(|error| error.to_string())?;
+            taken += step.taken;
+            self.at += step.taken as u64;
+            if let Some(last) = step.taken.checked_sub(1).and_then(|last| now.get(last)) {
+                self.before = Some(*last);
+            }
+            // What follows the last byte that is needed can be much: the table of contents of a zstd:chunked blob.
+            let is_last = inflater.is_done() && self.spans.len() == 0;
+            if is_last || (step.needs_more && self.at == span.blob.end) {
                 if let Some((_, inflater)) = self.current.take() {
                     inflater.finish().map_err(|error| error.to_string())?;
                 }
-                continue;
+                self.is_done = self.spans.len() == 0;
+            } else if step.needs_more && taken == bytes.len() {
+                return Ok(Pushed { taken, wants_more: true });
             }
-            if bytes.is_empty() {
-                break;
-            }
-            let left = usize::try_from(span.blob.end - self.at).unwrap_or(usize::MAX);
-            let (now, rest) = bytes.split_at(bytes.len().min(left));
-            let cutter = &mut self.cutter;
-            inflater.push(now, &mut |plain| cutter.push(plain, &mut sink)).map_err(|error| error.to_string())?;
-            self.at += now.len() as u64;
-            self.before = now.last().copied();
-            bytes = rest;
         }
-        Ok(chunks)
+        Ok(Pushed { taken, wants_more: false })
     }
+
+    fn begin_span(&mut self, sink: &mut dyn FnMut(ChunkIndex, &[u8])) -> Result<(), String> {
+        let Some(span) = self.spans.next() else {
+            self.is_done = true;
+            return Ok(());
+        };
+        let mut inflater = SpanInflater::new(span).map_err(|error| error.to_string())?;
+        // Neighbours share a byte where one ends and the other begins inside it.
+        if span.blob.start.checked_add(1) == Some(self.at)
+            && let Some(shared) = self.before
+        {
+            let cutter = &mut self.cutter;
+            let pushed = inflater.push(&[shared], &mut |plain| cutter.push(plain, sink));
+            pushed.map_err(|error| error.to_string())?;
+        } else if span.blob.start != self.at {
+            return Err(format!("a span begins at {}, not at {}", span.blob.start, self.at));
+        }
+        self.current = Some((span, inflater));
+        Ok(())
+    }
+}
+
+/// What [`SpanPass::push`] did.
+struct Pushed {
+    taken: usize,
+    /// All was taken, and nothing more comes of it.
+    wants_more: bool,
 }
 
 impl fmt::Debug for SpanPass<'_> {

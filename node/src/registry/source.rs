@@ -3,13 +3,14 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use layer::Geometry;
 use layer::index::Spans;
 
 use super::client::{Client, RegistryError};
 use crate::source::{BlobRef, BoxFuture, ChunkSink, Source, SourceError, SourceKind};
-use crate::span_pass::{SpanPass, likely_units, units};
+use crate::span_pass::{SpanPass, likely_units, surprises, units};
 
 /// Gives the spans section when it is needed.
 pub trait SpansProvider: Send + Sync + 'static {
@@ -20,6 +21,34 @@ pub trait SpansProvider: Send + Sync + 'static {
 impl SpansProvider for std::sync::Arc<Spans> {
     fn spans(&self) -> BoxFuture<'_, Result<std::sync::Arc<Spans>, String>> {
         Box::pin(std::future::ready(Ok(Self::clone(self))))
+    }
+}
+
+/// Tries without a new byte before a transfer that was under way fails. Whoever asks again then starts anew.
+const TRIES_MAX: u32 = 4;
+/// Pause after a failed try; doubled with each further one.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// The longest rest of a registry that a transfer sits out.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Why a transfer stopped.
+enum FetchError {
+    Registry(RegistryError),
+    Corrupt(String),
+}
+
+impl From<RegistryError> for FetchError {
+    fn from(error: RegistryError) -> Self {
+        Self::Registry(error)
+    }
+}
+
+impl FetchError {
+    fn into_source_error(self, source: &RegistrySource) -> SourceError {
+        match self {
+            Self::Registry(error) => source.error(error),
+            Self::Corrupt(reason) => source.corrupt(reason),
+        }
     }
 }
 
@@ -45,6 +74,7 @@ impl RegistrySource {
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
+        let was_planned = self.units.get().is_some();
         let spans = self.spans.spans().await;
         let spans = spans.map_err(|reason| SourceError::Missing { source_label: self.label(), reason })?;
         self.units.get_or_init(|| units(&spans));
@@ -52,25 +82,48 @@ impl RegistrySource {
         let (Some(first), Some(last)) = (covering.first(), covering.last()) else {
             return Err(SourceError::Missing { source_label: self.label(), reason: "no such chunks".to_owned() });
         };
-        let (start, end) = (first.blob.start, last.blob.end);
-        let opened = self.client.blob(&self.blob, start, Some(end)).await;
-        let mut body = opened.map_err(|error| self.error(error))?;
-        let mut pass = SpanPass::new(covering, self.geometry, start);
-        let mut wire_bytes = 0;
+        if !was_planned && surprises(covering) {
+            let reason = "its spans were not known when it was asked".to_owned();
+            return Err(SourceError::Missing { source_label: self.label(), reason });
+        }
+        let end = last.blob.end;
+        let mut pass = SpanPass::new(covering, self.geometry, first.blob.start);
+        let mut tries = 0;
         while !pass.is_done() {
-            let Some(bytes) = body.next().await.map_err(|error| self.error(error))? else { break };
-            wire_bytes += bytes.len();
-            // Inflating a piece takes well below a millisecond: not worth another thread.
-            let chunks = pass.push(&bytes).map_err(|reason| self.corrupt(reason))?;
-            for (chunk, plain) in chunks {
-                let wire_bytes = std::mem::take(&mut wire_bytes);
-                sink.chunk(chunk, &plain, wire_bytes).map_err(|error| self.corrupt(error.to_string()))?;
+            let at = pass.at();
+            let Err(error) = self.continue_pass(&mut pass, end, sink).await else { continue };
+            // A frame of zstd can be read from its start only, however large it is, so a pass survives its connections.
+            tries = if pass.at() > at { 1 } else { tries + 1 };
+            let FetchError::Registry(error) = error else { return Err(error.into_source_error(self)) };
+            let pause = match &error {
+                RegistryError::Busy { retry_after: Some(rest), .. } => *rest,
+                _ => RETRY_PAUSE * 2u32.pow(tries),
+            };
+            // Before anything came another source may do as well, and the swarm knows better when to come back.
+            if !error.is_transient() || pass.at() == first.blob.start || tries >= TRIES_MAX || pause > PAUSE_MAX {
+                return Err(self.error(error));
             }
+            tracing::debug!(blob = %self.blob, at = pass.at(), %error, "the transfer is taken up again");
+            tokio::time::sleep(pause).await;
         }
-        match pass.is_done() {
-            true => Ok(()),
-            false => Err(self.corrupt("the blob ended inside a span".to_owned())),
+        Ok(())
+    }
+
+    /// Goes on with a pass over one connection, to the pass's end.
+    async fn continue_pass(
+        &self,
+        pass: &mut SpanPass<'_>,
+        end: u64,
+        sink: &mut dyn ChunkSink,
+    ) -> Result<(), FetchError> {
+        let mut body = self.client.blob(&self.blob, pass.at(), Some(end)).await?;
+        while !pass.is_done() {
+            let Some(bytes) = body.next().await? else {
+                return Err(FetchError::Corrupt("the blob ended inside a span".to_owned()));
+            };
+            pass.take(&bytes, sink).await.map_err(FetchError::Corrupt)?;
         }
+        Ok(())
     }
 
     fn corrupt(&self, reason: String) -> SourceError {

@@ -21,8 +21,11 @@ struct Scene {
 
 impl Scene {
     async fn new(seed: u32) -> Self {
+        Self::of(Sample::new(seed)).await
+    }
+
+    async fn of(sample: Sample) -> Self {
         let registry = FakeRegistry::start().await;
-        let sample = Sample::new(seed);
         let blob = registry.put_blob(sample.blob.clone());
         Self { registry, sample, blob, folder: tempfile::tempdir().unwrap() }
     }
@@ -270,4 +273,93 @@ async fn without_spans_and_seeder_the_registry_says_what_is_missing() {
     assert!(matches!(error, SourceError::Missing { .. }), "{error}");
     assert!(error.to_string().contains("spans section"), "{error}");
     node.shutdown().await;
+}
+
+/// A zstd layer of one frame without a seeder: one stream from the registry serves all reads, in whatever order, over
+/// connections that break.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_frame_is_streamed_once_for_all_reads() {
+    let scene = Scene::of(Sample::one_frame(39)).await;
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    assert!(matches!(finished(seeder.ingester.ask(&scene.blob).await.unwrap()).await, Phase::Ready(_)));
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    let layer = resolve(&resolver, &scene.blob).await.unwrap();
+    wait_for("the spans", || layer.spans().unwrap().is_some()).await;
+    drop(seeder);
+    scene.registry.set(|behaviour| behaviour.break_after = Some((3_000_000, 2)));
+    let before = scene.registry.requests();
+    let geometry = layer.geometry();
+    let last = geometry.chunk_count() - 1;
+    let read = |chunk: u32| {
+        let (layer, range) = (Arc::clone(&layer), geometry.range(ChunkIndex(chunk)));
+        tokio::spawn(async move { (range.clone(), layer.read(range).await) })
+    };
+    let reads: Vec<_> = [last, 3, last / 2, 0, last - 1, last / 3].into_iter().map(read).collect();
+    for read in reads {
+        let (range, bytes) = tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
+        assert!(bytes.unwrap() == scene.sample.device[range.start as usize..range.end as usize], "{range:?} differs");
+    }
+    // All that the stream passed was kept.
+    wait_for("the whole layer", || layer.is_complete()).await;
+    scene.read_all(&layer).await;
+    let after = scene.registry.requests();
+    assert_eq!(after.bodies - before.bodies, 3, "the stream and its two resumptions");
+    // What was under way when a connection broke may be lost.
+    let slack = 2 * 3_000_000;
+    assert!(after.bytes - before.bytes < scene.sample.blob.len() as u64 + slack, "{before:?} {after:?}");
+    node.shutdown().await;
+}
+
+/// Before the spans are known a read looks as if it cost a few MiB; a frame of hundreds must not be fetched for each.
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_that_surprise_are_planned_with_first() {
+    let scene = Scene::of(Sample::one_frame(40)).await;
+    let ingester = scene.ingester(&Security::Off);
+    let Phase::Ready(known) = finished(ingester.ask(&scene.blob).await.unwrap()).await else { panic!("no layer") };
+    let path = scene.folder.path().join("seeder/indexes").join(scene.blob.digest.hex()).join("spans");
+    let spans = Arc::new(Spans::parse(known.header(), &std::fs::read(path).unwrap()).unwrap());
+    let geometry = known.header().geometry();
+    let source = RegistrySource::new(registry_client(&scene.registry), scene.blob.clone(), geometry, spans);
+    assert!(source.units().len() > 1);
+    let bodies = scene.registry.requests().bodies;
+    let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
+    let error = source.fetch(5..6, &mut sink).await.unwrap_err();
+    assert!(matches!(error, SourceError::Missing { .. }), "{error}");
+    let whole = 0..geometry.device_size();
+    assert_eq!(source.units(), std::slice::from_ref(&whole));
+    assert_eq!(scene.registry.requests().bodies, bodies);
+    source.fetch(5..6, &mut sink).await.unwrap();
+    assert_eq!(sink.chunks.len() as u32, geometry.chunk_count());
+}
+
+/// A few bytes of zstd can inflate to any number: they are given as they come, never gathered.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_inflates_much_is_given_piece_by_piece() {
+    use crate::span_pass::SpanPass;
+    const DEVICE: u64 = 1 << 30;
+    let mut blob = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 10 << 3];
+    for block in 1..=DEVICE >> 17 {
+        let is_last = u32::from(block == DEVICE >> 17);
+        blob.extend_from_slice(&(1u32 << 17 << 3 | 1 << 1 | is_last).to_le_bytes()[..3]);
+        blob.push(0);
+    }
+    let span = layer::index::Span {
+        blob: 0..blob.len() as u64,
+        device: 0..DEVICE,
+        checkpoint: layer::index::Checkpoint::FrameStart,
+    };
+    struct Counted(u64);
+    impl ChunkSink for Counted {
+        fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], _: usize) -> Result<(), WrongChunk> {
+            self.0 += plain.len() as u64;
+            // Nobody takes all of it.
+            if self.0 > 64 << 20 { Err(WrongChunk(chunk)) } else { Ok(()) }
+        }
+    }
+    let mut sink = Counted(0);
+    let spans = [span];
+    let mut pass = SpanPass::new(&spans, layer::Geometry::new(DEVICE, 17).unwrap(), 0);
+    assert!(pass.take(&blob, &mut sink).await.is_err());
+    assert!(sink.0 < 66 << 20, "{}", sink.0);
 }
