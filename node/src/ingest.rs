@@ -5,6 +5,7 @@
 //! - [`encode`]: the threads that make them.
 //! - [`known`]: a layer that was ingested.
 //! - [`pass`]: the one pass over a blob.
+//! - [`refill`]: wire forms made again.
 //! - [`serving`]: index sections and chunks for other machines.
 //! - [`control`]: the gRPC service that starts an ingest.
 
@@ -13,6 +14,7 @@ pub mod encode;
 pub mod frames;
 pub mod known;
 mod pass;
+mod refill;
 mod serving;
 pub mod store;
 
@@ -26,7 +28,7 @@ use bytes::Bytes;
 use layer::index::statement;
 use layer::{Digest, ingest as layer_ingest};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, watch};
 
 use self::encode::EncodePool;
 use self::frames::Frames;
@@ -37,8 +39,9 @@ use crate::registry::{self, RegistryError};
 use crate::security::{Signed, Signer};
 use crate::source::BlobRef;
 
-/// Pieces of a blob between the network and the pass over it: some MiB, so that neither waits for the other's jitter.
-const PIECES_MAX: usize = 64;
+/// Bytes of a blob between the network and the pass over it, so that neither waits for the other's jitter. Bytes and not
+/// pieces, of which each may have some hundred KiB.
+const AHEAD_BYTES_MAX: usize = 4 << 20;
 /// How long a failure is the answer to everyone who asks, before it is tried again: so that a thousand nodes that ask
 /// again at once do not become a thousand requests to a registry in trouble.
 const FAILURE_REST: Duration = Duration::from_secs(2);
@@ -149,7 +152,7 @@ struct Shared {
     /// Bytes of blobs that came, of all ingests.
     read: AtomicU64,
     /// Permits to make chunks again from a blob.
-    refills: Semaphore,
+    refills: Arc<Semaphore>,
     flights: Mutex<HashMap<Digest, Arc<Flight>>>,
     layers: tokio::sync::Mutex<HashMap<Digest, Arc<Known>>>,
 }
@@ -191,7 +194,7 @@ impl Ingester {
             encode: EncodePool::new(options.encode_threads)?,
             turns: Semaphore::new(options.concurrent.max(1)),
             read: AtomicU64::new(0),
-            refills: Semaphore::new(options.encode_threads.max(1)),
+            refills: Arc::new(Semaphore::new(options.encode_threads.max(1))),
             flights: Mutex::default(),
             layers: tokio::sync::Mutex::default(),
         };
@@ -356,7 +359,7 @@ impl Ingester {
     async fn attempt(&self, blob: &BlobRef, flight: &Flight, prepared: Prepared) -> Result<Arc<Known>, Ended> {
         let Prepared { incoming, frames, has_blob, blob_here } = prepared;
         flight.frames.send_replace(Some(Arc::clone(&frames)));
-        let (sender, pieces) = mpsc::channel(PIECES_MAX);
+        let (sender, pieces) = pieces();
         let pass = Pass {
             blob: blob.clone(),
             path: if has_blob { self.shared.store.blob_path(blob.digest) } else { incoming.blob_path() },
@@ -410,7 +413,7 @@ impl Ingester {
         &self,
         blob: &BlobRef,
         start: u64,
-        pieces: mpsc::Sender<Bytes>,
+        pieces: PieceSender,
         phase: &watch::Sender<Phase>,
     ) -> Result<(), IngestFailure> {
         let (mut at, mut tries) = (start, 0);
@@ -437,7 +440,7 @@ impl Ingester {
         &self,
         blob: &BlobRef,
         at: &mut u64,
-        pieces: &mpsc::Sender<Bytes>,
+        pieces: &PieceSender,
         phase: &watch::Sender<Phase>,
     ) -> Result<(), RegistryError> {
         if blob.size > 0 && *at == blob.size {
@@ -467,12 +470,46 @@ impl Ingester {
             if *at > max {
                 return Err(too_large());
             }
-            if pieces.send(bytes).await.is_err() {
+            if !pieces.send(bytes).await {
                 // The pass stopped and says why.
                 return Ok(());
             }
         }
         Ok(())
+    }
+}
+
+/// A piece of a blob, counted until it is dropped.
+struct Piece {
+    bytes: Bytes,
+    _counted: OwnedSemaphorePermit,
+}
+
+/// Hands pieces to the pass.
+struct PieceSender {
+    pieces: mpsc::UnboundedSender<Piece>,
+    room: Arc<Semaphore>,
+}
+
+/// A channel that holds [`AHEAD_BYTES_MAX`], or one larger piece.
+fn pieces() -> (PieceSender, mpsc::UnboundedReceiver<Piece>) {
+    let (pieces, receiver) = mpsc::unbounded_channel();
+    (PieceSender { pieces, room: Arc::new(Semaphore::new(AHEAD_BYTES_MAX)) }, receiver)
+}
+
+impl PieceSender {
+    /// Waits for room; gives whether the pass still takes pieces.
+    async fn send(&self, bytes: Bytes) -> bool {
+        let len = bytes.len().clamp(1, AHEAD_BYTES_MAX) as u32;
+        let room = tokio::select! {
+            room = Arc::clone(&self.room).acquire_many_owned(len) => room,
+            () = self.pieces.closed() => return false,
+        };
+        room.is_ok_and(|_counted| self.pieces.send(Piece { bytes, _counted }).is_ok())
+    }
+
+    fn is_closed(&self) -> bool {
+        self.pieces.is_closed()
     }
 }
 

@@ -81,7 +81,7 @@ pub enum ServeError {
     #[error("this layer is not known here")]
     Unknown,
     /// The layer is being ingested and has not come that far.
-    #[error("the layer is being ingested and has not come that far")]
+    #[error("the blob of the layer is being read and has not come that far")]
     NotYet,
     /// The layer has no such chunks.
     #[error("the layer has no such chunks or bytes")]

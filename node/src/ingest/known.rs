@@ -3,23 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use layer::ChunkIndex;
-use layer::index::{ChunkDigests, Header, Section, Spans};
-use layer::span::SpanInflater;
-use layer::wire::Encoder;
+use layer::index::{Header, Section};
 use tokio::sync::Semaphore;
 
 use super::frames::Frames;
+use super::refill::{Made, Refills};
 use super::store::Store;
-use crate::cutter::Cutter;
 use crate::security::Signed;
-
-/// Bytes of the blob that are inflated at a time.
-const READ_LEN: usize = 256 << 10;
 
 /// A known layer.
 #[derive(Debug)]
@@ -29,16 +23,7 @@ pub struct Known {
     frames: Arc<Frames>,
     blob_path: PathBuf,
     section_paths: [PathBuf; 3],
-    /// Held while chunks are made again, so that two who miss the same span inflate it once.
-    refill: tokio::sync::Mutex<Option<Arc<Refill>>>,
-}
-
-/// What chunks are made again with; loaded when the first is missing.
-#[derive(Debug)]
-struct Refill {
-    digests: ChunkDigests,
-    spans: Spans,
-    blob: File,
+    refills: Refills,
 }
 
 impl Known {
@@ -50,7 +35,7 @@ impl Known {
             header,
             signed,
             frames,
-            refill: tokio::sync::Mutex::default(),
+            refills: Refills::default(),
         }
     }
 
@@ -74,7 +59,17 @@ impl Known {
         File::open(self.section_path(section))
     }
 
-    fn section_path(&self, section: Section) -> &PathBuf {
+    /// How many passes over the blob run, or ended last.
+    #[cfg(test)]
+    pub(super) fn passes(&self) -> usize {
+        self.refills.passes()
+    }
+
+    pub(super) fn blob_path(&self) -> &Path {
+        &self.blob_path
+    }
+
+    pub(super) fn section_path(&self, section: Section) -> &PathBuf {
         let [entries, chunk_digests, spans] = &self.section_paths;
         match section {
             Section::Entries => entries,
@@ -83,78 +78,16 @@ impl Known {
         }
     }
 
-    /// Makes the wire forms of the spans that hold `chunk` again, unless it is there by now.
-    pub(super) async fn refill(self: &Arc<Self>, chunk: ChunkIndex, permits: &Semaphore) -> io::Result<()> {
-        let mut refill = self.refill.lock().await;
+    /// Makes the wire form of `chunk` again, and those that come before it on the way, unless it is there by now.
+    pub(super) async fn refill(self: &Arc<Self>, chunk: ChunkIndex, permits: &Arc<Semaphore>) -> io::Result<Made> {
         if self.frames.has(chunk) {
-            return Ok(());
+            return Ok(Made::Now);
         }
-        let _permit = permits.acquire().await.map_err(io::Error::other)?;
-        let (known, loaded) = (Arc::clone(self), refill.clone());
-        let work = move || {
-            let loaded = match loaded {
-                Some(loaded) => loaded,
-                None => Arc::new(known.load_refill()?),
-            };
-            known.refill_from(&loaded, chunk)?;
-            Ok::<_, io::Error>(loaded)
-        };
-        *refill = Some(tokio::task::spawn_blocking(work).await.map_err(io::Error::other)??);
-        Ok(())
-    }
-
-    fn load_refill(&self) -> io::Result<Refill> {
-        let read = |section| std::fs::read(self.section_path(section));
-        Ok(Refill {
-            digests: ChunkDigests::parse(&self.header, read(Section::ChunkDigests)?).map_err(invalid)?,
-            spans: Spans::parse(&self.header, &read(Section::Spans)?).map_err(invalid)?,
-            blob: File::open(&self.blob_path)?,
-        })
-    }
-
-    fn refill_from(&self, refill: &Refill, chunk: ChunkIndex) -> io::Result<()> {
-        let spans = refill.spans.covering(chunk.0..chunk.0.saturating_add(1));
-        let start = spans.first().map_or(0, |span| span.device.start);
-        let mut cutter = Cutter::new(self.header.geometry(), start);
-        let (mut encoder, mut frame, mut failed) = (Encoder::new(), Vec::new(), None);
-        let mut sink = |chunk: ChunkIndex, plain: &[u8]| {
-            if failed.is_some() || self.frames.has(chunk) {
-                return;
-            }
-            if !refill.digests.is_chunk(chunk, plain) {
-                failed = Some(invalid(format!("chunk {chunk} of {} is not what was ingested", self.header.blob())));
-                return;
-            }
-            frame.clear();
-            encoder.encode(plain, &mut frame);
-            failed = self.frames.append(chunk, &frame).err();
-        };
-        for span in spans {
-            let mut inflater = SpanInflater::new(span).map_err(invalid)?;
-            let mut buffer = vec![0; READ_LEN];
-            let mut at = span.blob.start;
-            while at < span.blob.end {
-                let len = READ_LEN.min(usize::try_from(span.blob.end - at).unwrap_or(READ_LEN));
-                let bytes = buffer.get_mut(..len).unwrap_or_default();
-                refill.blob.read_exact_at(bytes, at)?;
-                inflater.push(bytes, &mut |plain| cutter.push(plain, &mut sink)).map_err(invalid)?;
-                at += len as u64;
-            }
-            inflater.finish().map_err(invalid)?;
-        }
-        match failed {
-            Some(error) => Err(error),
-            None if self.frames.save_is_due() => self.frames.save(),
-            None => Ok(()),
-        }
+        self.refills.make(self, chunk, permits).await
     }
 
     /// Whether `run` is one of this layer's, and not empty.
     pub(super) fn has_run(&self, run: &Range<u32>) -> bool {
         run.start < run.end && run.end <= self.header.geometry().chunk_count()
     }
-}
-
-fn invalid(error: impl ToString) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error.to_string())
 }

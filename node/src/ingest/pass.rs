@@ -5,13 +5,12 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use layer::index::{Compression, Index};
 use layer::ingest::{Ingest, IngestError, Options};
 use tokio::sync::{mpsc, watch};
 
 use super::encode::Batch;
-use super::{Ended, IngestFailure, Phase};
+use super::{Ended, IngestFailure, Phase, Piece};
 use crate::source::BlobRef;
 
 /// How often progress is told.
@@ -29,7 +28,7 @@ pub(super) struct Pass {
     /// They are all of it.
     pub(super) is_whole: bool,
     /// The rest, from the network.
-    pub(super) pieces: mpsc::Receiver<Bytes>,
+    pub(super) pieces: mpsc::UnboundedReceiver<Piece>,
     pub(super) batch: Batch,
     pub(super) phase: watch::Sender<Phase>,
     pub(super) options: Options,
@@ -79,9 +78,9 @@ impl Pass {
         }
         if !self.is_whole {
             let mut file = OpenOptions::new().append(true).create(true).open(&self.path)?;
-            while let Some(bytes) = self.pieces.blocking_recv() {
-                file.write_all(&bytes)?;
-                self.take(&mut ingest, &bytes, &mut told)?;
+            while let Some(piece) = self.pieces.blocking_recv() {
+                file.write_all(&piece.bytes)?;
+                self.take(&mut ingest, &piece.bytes, &mut told)?;
             }
         }
         self.tell(&ingest);

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::frames::Frames;
 use super::known::Known;
+use super::refill::Made;
 use super::{Ingester, Phase};
 use crate::serve::{ByteStream, Frames as FramesBody, LayerServer, SectionBody, ServeError};
 use crate::source::BoxFuture;
@@ -46,6 +47,15 @@ impl LayerServer for Ingester {
             let known = self.served(blob).await?;
             if !known.has_run(&run) {
                 return Err(ServeError::OutOfRange);
+            }
+            // The layers of one zstd frame take their time: better no answer yet than a body that seems to stall.
+            let first = ChunkIndex(run.start);
+            if !known.frames().has(first) {
+                match self.refill(&known, first).await {
+                    Ok(Made::Now) => {}
+                    Ok(Made::Later) => return Err(ServeError::NotYet),
+                    Err(error) => return Err(ServeError::Failed(error.to_string())),
+                }
             }
             let chunk_log2 = Some(known.header().geometry().chunk_log2());
             let len = known.frames().wire_len(run.clone());
@@ -104,7 +114,7 @@ impl Ingester {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "the disk does not keep the wire forms"));
                 }
                 if is_missing {
-                    ingester.refill(&known, ChunkIndex(run.start)).await?;
+                    while ingester.refill(&known, ChunkIndex(run.start)).await? == Made::Later {}
                 }
                 let (bytes, next) = read_batch(known.frames(), run.clone()).await?;
                 let made_in_vain = is_missing && bytes.is_empty();
@@ -116,7 +126,7 @@ impl Ingester {
         frames.filter(|batch| std::future::ready(!batch.as_ref().is_ok_and(Bytes::is_empty))).boxed()
     }
 
-    async fn refill(&self, known: &Arc<Known>, chunk: ChunkIndex) -> io::Result<()> {
+    async fn refill(&self, known: &Arc<Known>, chunk: ChunkIndex) -> io::Result<Made> {
         let blob = known.header().blob();
         let made = known.refill(chunk, &self.shared.refills).await;
         if let Err(error) = &made {

@@ -19,9 +19,22 @@ pub(crate) struct Sample {
 
 impl Sample {
     pub(crate) fn new(seed: u32) -> Self {
+        let device = Self::device(seed, 24);
+        Self { blob: gzip(&device), device }
+    }
+
+    /// One zstd frame that is far larger than a span.
+    pub(crate) fn one_frame(seed: u32) -> Self {
+        let device = Self::device(seed, 90);
+        let mut blob = Vec::with_capacity(zstd_safe::compress_bound(device.len()));
+        zstd_safe::compress(&mut blob, &device, 1).unwrap();
+        Self { blob, device }
+    }
+
+    fn device(seed: u32, files: u32) -> Vec<u8> {
         let mut state = seed.wrapping_mul(2_654_435_761) | 1;
         let mut builder = tar::Builder::new(Vec::new());
-        for number in 0..24u32 {
+        for number in 0..files {
             let file: Vec<u8> = (0..450_000u32 + number)
                 .map(|at| {
                     state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -34,8 +47,7 @@ impl Sample {
             header.set_mtime(1_700_000_000);
             builder.append_data(&mut header, format!("usr/file-{number}"), &file[..]).unwrap();
         }
-        let device = builder.into_inner().unwrap();
-        Self { blob: gzip(&device), device }
+        builder.into_inner().unwrap()
     }
 }
 
@@ -200,6 +212,54 @@ async fn lost_wire_forms_are_made_again_from_the_blob() {
     ingester.save().await;
     assert!(!known.frames().is_unsaved());
     assert_eq!(registry.requests().bodies, 1);
+}
+
+/// Nothing in one zstd frame can be read by itself: one pass over the blob serves everybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn wire_forms_of_one_frame_are_made_by_one_pass_for_all() {
+    let (registry, directory) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
+    let sample = Sample::one_frame(11);
+    let blob = registry.put_blob(sample.blob.clone());
+    {
+        let ingester = ingester(directory.path(), &registry, &Security::Off);
+        assert_eq!(known(&ingester, &blob).await.header().span_count(), 1);
+    }
+    std::fs::remove_dir_all(directory.path().join("wire").join(blob.digest.hex())).unwrap();
+    let ingester = ingester(directory.path(), &registry, &Security::Off);
+    let known = known(&ingester, &blob).await;
+    let geometry = known.header().geometry();
+    let last = geometry.chunk_count();
+    assert!(last > 256, "the sample is too small");
+    let device = Arc::new(sample.device);
+    let read = |run: std::ops::Range<u32>| {
+        let (ingester, device) = (ingester.clone(), Arc::clone(&device));
+        tokio::spawn(async move {
+            let wire = loop {
+                match served(&ingester, blob.digest, run.clone()).await {
+                    Ok(wire) => break wire,
+                    // A pass that takes long on a busy machine; what it has made stays.
+                    Err(error) if error.to_string() == serve::ServeError::NotYet.to_string() => {}
+                    Err(error) => panic!("{error}"),
+                }
+            };
+            let end = device.len().min((run.end as usize) << 17);
+            assert!(decode(geometry, run.clone(), &wire) == device[(run.start as usize) << 17..end], "{run:?}");
+        })
+    };
+    // Who asks for the last chunk first starts the pass that has come to nobody else's yet.
+    let first = read(last - 1..last);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while known.passes() == 0 {
+        assert!(Instant::now() < deadline, "no pass began");
+        tokio::task::yield_now().await;
+    }
+    let mut reads = vec![first];
+    reads.extend((0..last - 1).rev().step_by(23).map(|chunk| read(chunk..chunk + 2)));
+    for read in reads {
+        tokio::time::timeout(Duration::from_secs(60), read).await.unwrap().unwrap();
+    }
+    assert!(geometry.chunks().all(|chunk| known.frames().has(ChunkIndex(chunk))));
+    assert_eq!((known.passes(), registry.requests().bodies), (1, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
