@@ -22,7 +22,22 @@ pub struct Entry {
 impl Kind {
     /// Whether the path is a directory, named by the tar or not.
     pub const fn is_directory(&self) -> bool {
-        matches!(self, Self::Directory { .. } | Self::ImplicitDirectory { .. })
+        matches!(self, Self::Directory { .. } | Self::LateDirectory { .. } | Self::ImplicitDirectory { .. })
+    }
+
+    /// Whether it is a directory that hides what the layers below have in it.
+    pub const fn is_opaque(&self) -> bool {
+        matches!(
+            self,
+            Self::Directory { opaque: true }
+                | Self::LateDirectory { opaque: true }
+                | Self::ImplicitDirectory { opaque: true }
+        )
+    }
+
+    /// Whether it is a directory that takes attributes over from the layers below.
+    pub const fn takes_over(&self) -> bool {
+        matches!(self, Self::LateDirectory { .. } | Self::ImplicitDirectory { .. })
     }
 }
 
@@ -52,8 +67,15 @@ pub enum Kind {
         /// The layer hides what its parents have in it (`.wh..wh..opq`).
         opaque: bool,
     },
+    /// A directory that the tar names after it has made it for a path in it: beside its own xattrs it has those that the
+    /// layers below give the directory (containerd's `mkparent`).
+    LateDirectory {
+        /// The layer hides what its parents have in it (`.wh..wh..opq`).
+        opaque: bool,
+    },
     /// A directory that the tar leaves out but has paths in. Mode, owner, time and xattrs come from the layers
-    /// below (containerd's `mkparent`), else 0755, root and the epoch, which is what the entry itself says.
+    /// below (containerd's `mkparent`), else 0755, root and the epoch, which is what the entry itself says; its group may be
+    /// another, since the kernel gives what is made in a setgid directory that directory's group.
     ImplicitDirectory {
         /// The layer hides what its parents have in it (`.wh..wh..opq`).
         opaque: bool,

@@ -6,6 +6,7 @@ pub(crate) mod xattr;
 
 use std::collections::BTreeMap;
 
+pub(crate) use self::stack::attributes_of;
 pub use self::stack::{DirectoryAttributes, LowerDirectories, Stack};
 use crate::entry::{Entry, Kind, Mtime};
 
@@ -123,19 +124,15 @@ impl Tree {
         }
     }
 
-    /// Whether an image of this layer depends on the layers below: it has directories that its tar leaves out.
+    /// Whether an image of this layer depends on the layers below: its tar leaves directories out, or
+    /// names them late.
     pub fn has_implicit_directories(&self) -> bool {
-        self.entries.iter().any(|entry| matches!(entry.kind, Kind::ImplicitDirectory { .. }))
+        self.entries.iter().any(|entry| entry.kind.takes_over())
     }
 
     /// Whether an image of this layer differs at the bottom, where nothing is below to be hidden.
     pub fn has_whiteouts(&self) -> bool {
-        self.entries.iter().any(|entry| {
-            matches!(
-                entry.kind,
-                Kind::Whiteout | Kind::Directory { opaque: true } | Kind::ImplicitDirectory { opaque: true }
-            )
-        })
+        self.entries.iter().any(|entry| entry.kind == Kind::Whiteout || entry.kind.is_opaque())
     }
 
     /// Where each entry's subtree ends and how many names it has, for walking the tree without searching.
@@ -156,7 +153,7 @@ impl Tree {
             }
             close(&mut outline, index, index + 1);
             match &entry.kind {
-                Kind::Directory { .. } | Kind::ImplicitDirectory { .. } => {
+                Kind::Directory { .. } | Kind::LateDirectory { .. } | Kind::ImplicitDirectory { .. } => {
                     outline.add_links(index, 1);
                     if let Some(parent) = open.last() {
                         outline.add_links(*parent, 1);
@@ -243,8 +240,11 @@ fn check_attributes(entry: &Entry) -> Result<(), &'static str> {
         Kind::ImplicitDirectory { .. } => Some(0o755),
         _ => None,
     };
+    let is_implicit = matches!(entry.kind, Kind::ImplicitDirectory { .. });
     if let Some(expected) = expected_mode
-        && ((*mode, *uid, *gid, *mtime) != (expected, 0, 0, Mtime::default()) || !xattrs.is_empty())
+        && ((*mode, *uid, *mtime) != (expected, 0, Mtime::default())
+            || (*gid != 0 && !is_implicit)
+            || !xattrs.is_empty())
     {
         return Err("it has attributes that its kind does not have");
     }
@@ -295,6 +295,7 @@ fn check_kind(entry: &Entry, device_size: u64) -> Result<(), &'static str> {
             }
         }
         Kind::Directory { .. }
+        | Kind::LateDirectory { .. }
         | Kind::ImplicitDirectory { .. }
         | Kind::HardLink { .. }
         | Kind::Fifo

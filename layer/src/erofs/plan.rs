@@ -7,7 +7,7 @@ use super::format::{BLOCK, CHUNK_BLOCKS_LOG2_MAX, CHUNK_INDEX, HEAD, INODE, SLOT
 use super::{DirectoryAttributes, ImageError, ImageOptions, LowerDirectories};
 use crate::entry::{Entry, Kind};
 use crate::tree::path::{name, show, split};
-use crate::tree::{Outline, Tree, xattr};
+use crate::tree::{Outline, Tree, attributes_of, xattr};
 
 /// Name and value of overlayfs's mark of a directory that hides what is below it.
 const OPAQUE: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
@@ -17,7 +17,7 @@ pub(super) struct Plan<'a> {
     pub(super) tree: &'a Tree,
     pub(super) options: &'a ImageOptions,
     outline: Outline,
-    /// Of the implicit directories.
+    /// Of the directories that take something over from the layers below.
     attributes: BTreeMap<usize, DirectoryAttributes>,
     /// `None` for what has no inode of its own.
     places: Vec<Option<Place>>,
@@ -51,13 +51,7 @@ impl<'a> Plan<'a> {
         lower: &dyn LowerDirectories,
     ) -> Result<Self, ImageError> {
         let entries = tree.entries();
-        let implicit = |entry: &Entry| matches!(entry.kind, Kind::ImplicitDirectory { .. });
-        let attributes = entries
-            .iter()
-            .enumerate()
-            .filter(|(_, entry)| implicit(entry))
-            .map(|(index, entry)| (index, lower_attributes(lower, &entry.path)))
-            .collect();
+        let attributes = taken_over(tree, lower);
         let mut plan = Self {
             tree,
             options,
@@ -107,7 +101,7 @@ impl<'a> Plan<'a> {
         self.outline.link_count(index)
     }
 
-    /// What an implicit directory takes over.
+    /// What a directory becomes that takes something over from the layers below.
     pub(super) fn taken_over(&self, index: usize) -> Option<&DirectoryAttributes> {
         self.attributes.get(&index)
     }
@@ -115,9 +109,7 @@ impl<'a> Plan<'a> {
     /// The extended attributes of entry `index`.
     pub(super) fn xattrs(&self, index: usize, entry: &'a Entry) -> impl Iterator<Item = (&[u8], &[u8])> {
         let xattrs = self.taken_over(index).map_or(&entry.xattrs, |attributes| &attributes.xattrs);
-        let is_opaque =
-            matches!(entry.kind, Kind::Directory { opaque: true } | Kind::ImplicitDirectory { opaque: true });
-        let opaque = Some(OPAQUE).filter(|_| is_opaque && !self.options.bottom);
+        let opaque = Some(OPAQUE).filter(|_| entry.kind.is_opaque() && !self.options.bottom);
         xattrs.iter().map(|xattr| (&xattr.name[..], &xattr.value[..])).chain(opaque)
     }
 
@@ -169,7 +161,7 @@ impl<'a> Plan<'a> {
                 let len = head.next_multiple_of(CHUNK_INDEX as u64) + count * CHUNK_INDEX as u64;
                 (len, Body::Chunks { count, blocks_log2 })
             }
-            Kind::Directory { .. } | Kind::ImplicitDirectory { .. } => {
+            Kind::Directory { .. } | Kind::LateDirectory { .. } | Kind::ImplicitDirectory { .. } => {
                 let size = directory::size(self.names(index, entry).map(|name| name.name));
                 return Ok(place_directory(head, size, end));
             }
@@ -227,7 +219,7 @@ fn chunks(size: u64) -> (u64, u32) {
 fn file_type(kind: &Kind) -> u8 {
     match kind {
         Kind::Regular { .. } | Kind::HardLink { .. } => 1,
-        Kind::Directory { .. } | Kind::ImplicitDirectory { .. } => 2,
+        Kind::Directory { .. } | Kind::LateDirectory { .. } | Kind::ImplicitDirectory { .. } => 2,
         Kind::CharDevice { .. } | Kind::Whiteout => 3,
         Kind::BlockDevice { .. } => 4,
         Kind::Fifo => 5,
@@ -235,12 +227,41 @@ fn file_type(kind: &Kind) -> u8 {
     }
 }
 
-/// What the layers below give an implicit directory, without what no layer may set.
-fn lower_attributes(lower: &dyn LowerDirectories, path: &[u8]) -> DirectoryAttributes {
-    let mut attributes = lower.attributes(path).unwrap_or_default();
+/// What the directories become that take something over from the layers below.
+fn taken_over(tree: &Tree, lower: &dyn LowerDirectories) -> BTreeMap<usize, DirectoryAttributes> {
+    let mut attributes = BTreeMap::new();
+    // Setgid directories of the layers below, with their groups: the kernel gives those to what is made in them, here as in
+    // `Unpacking::make_directory`.
+    let mut groups: BTreeMap<usize, u32> = BTreeMap::new();
+    for (index, entry) in tree.entries().iter().enumerate().filter(|(_, entry)| entry.kind.takes_over()) {
+        let below = lower_attributes(lower, &entry.path);
+        if let Some(below) = below.as_ref().filter(|below| below.mode & 0o2000 != 0) {
+            groups.insert(index, below.gid);
+        }
+        let own = match (&entry.kind, below) {
+            (Kind::ImplicitDirectory { .. }, Some(below)) => below,
+            (Kind::ImplicitDirectory { .. }, None) => {
+                let parent = split(&entry.path).and_then(|(parent, _)| tree.find(parent));
+                let group = parent.and_then(|parent| groups.get(&parent)).filter(|_| entry.gid == 0);
+                DirectoryAttributes { gid: group.copied().unwrap_or(entry.gid), ..DirectoryAttributes::default() }
+            }
+            (_, below) => {
+                let mut own = attributes_of(entry);
+                own.keep(below.map(|below| below.xattrs).unwrap_or_default());
+                own
+            }
+        };
+        attributes.insert(index, own);
+    }
+    attributes
+}
+
+/// What the layers below give a directory, without what no layer may set.
+fn lower_attributes(lower: &dyn LowerDirectories, path: &[u8]) -> Option<DirectoryAttributes> {
+    let mut attributes = lower.attributes(path)?;
     let kind = Kind::ImplicitDirectory { opaque: false };
     attributes.xattrs.retain(|xattr| xattr::allowed(&kind, &xattr.name) && xattr.value.len() <= xattr::VALUE_MAX);
-    attributes
+    Some(attributes)
 }
 
 #[cfg(test)]

@@ -147,6 +147,44 @@ fn implicit_directories_take_over() {
 }
 
 #[test]
+fn late_directories_keep_the_attributes_of_the_layers_below() {
+    let xattr = |name: &str, value: &str| Xattr { name: name.into(), value: value.into() };
+    let named = |kind, xattrs| Entry { mode: 0o700, uid: 1, gid: 2, xattrs, ..entry("d", kind) };
+    let below = tree(vec![named(
+        Kind::Directory { opaque: false },
+        vec![xattr("user.a", "1"), xattr("user.b", "1"), xattr("user.c", "1")],
+    )]);
+    let late = || Kind::LateDirectory { opaque: false };
+    let middle = tree(vec![named(late(), vec![xattr("user.b", "2")])]);
+    let implicit = tree(vec![entry("d", Kind::ImplicitDirectory { opaque: false })]);
+    let attributes = Stack::new(&[&implicit, &middle, &below]).attributes(b"d").unwrap();
+    assert_eq!(attributes.xattrs, [xattr("user.a", "1"), xattr("user.b", "2"), xattr("user.c", "1")]);
+    assert_eq!((attributes.mode, attributes.uid, attributes.gid), (0o700, 1, 2));
+    assert_eq!(Stack::new(&[&middle]).attributes(b"d").unwrap().xattrs, [xattr("user.b", "2")]);
+
+    let top = tree(vec![Entry { mode: 0o750, ..named(late(), vec![xattr("user.c", "3")]) }]);
+    let mut image = Vec::new();
+    write_image(&top, &OPTIONS, &Stack::new(&[&middle, &below]), &mut image).unwrap();
+    let inode = inode_of(&image, "d").unwrap();
+    assert_eq!(le::<2>(&image, inode + 4), 0o040_750);
+    // Three of them, 8 bytes each, behind a header of 12.
+    assert_eq!(xattr_size(&image, inode), 12 + 3 * 8);
+}
+
+/// The kernel gives what is made in a setgid directory that directory's group.
+#[test]
+fn setgid_directories_below_give_their_group() {
+    let implicit = |path: &str| entry(path, Kind::ImplicitDirectory { opaque: false });
+    let tree = tree(vec![implicit("d"), implicit("d/e"), implicit("d/e/f"), entry("d/e/f/x", Kind::Fifo)]);
+    let below = DirectoryAttributes { mode: 0o2775, gid: 9, ..DirectoryAttributes::default() };
+    let lower: BTreeMap<_, _> = [(b"d".to_vec(), below)].into();
+    let mut image = Vec::new();
+    write_image(&tree, &OPTIONS, &lower, &mut image).unwrap();
+    let group = |path: &str| le::<4>(&image, inode_of(&image, path).unwrap() + 28);
+    assert_eq!((group("d"), group("d/e"), group("d/e/f")), (9, 9, 0));
+}
+
+#[test]
 fn images_are_deterministic_and_small() {
     let tree = tree(vec![entry("a", Kind::Regular { offset: 512, size: 5 })]);
     let (first, _) = image(&tree, &OPTIONS);

@@ -61,7 +61,7 @@ fn inode(plan: &Plan<'_>, index: usize, entry: &Entry, place: Place) -> Inode {
 
     let (file_type, device) = match entry.kind {
         Kind::Regular { .. } | Kind::HardLink { .. } => (REGULAR, 0),
-        Kind::Directory { .. } | Kind::ImplicitDirectory { .. } => (DIRECTORY, 0),
+        Kind::Directory { .. } | Kind::LateDirectory { .. } | Kind::ImplicitDirectory { .. } => (DIRECTORY, 0),
         Kind::Symlink { .. } => (SYMLINK, 0),
         Kind::CharDevice { major, minor } => (CHAR_DEVICE, device_number(major, minor)),
         Kind::BlockDevice { major, minor } => (BLOCK_DEVICE, device_number(major, minor)),

@@ -30,6 +30,8 @@ const KIND_CHAR_DEVICE: u8 = 7;
 const KIND_BLOCK_DEVICE: u8 = 8;
 const KIND_FIFO: u8 = 9;
 const KIND_WHITEOUT: u8 = 10;
+const KIND_LATE_DIRECTORY: u8 = 11;
+const KIND_OPAQUE_LATE_DIRECTORY: u8 = 12;
 
 /// Bytes of a tar header, and the unit of offsets.
 const BLOCK: u64 = 512;
@@ -156,6 +158,8 @@ fn encode(tree: &Tree) -> Option<Vec<u8>> {
         columns.kinds.push(match &entry.kind {
             Kind::Directory { opaque: false } => KIND_DIRECTORY,
             Kind::Directory { opaque: true } => KIND_OPAQUE_DIRECTORY,
+            Kind::LateDirectory { opaque: false } => KIND_LATE_DIRECTORY,
+            Kind::LateDirectory { opaque: true } => KIND_OPAQUE_LATE_DIRECTORY,
             Kind::ImplicitDirectory { opaque: false } => KIND_IMPLICIT_DIRECTORY,
             Kind::ImplicitDirectory { opaque: true } => KIND_OPAQUE_IMPLICIT_DIRECTORY,
             Kind::Regular { offset, size } => {
@@ -288,6 +292,8 @@ fn decode(plain: &[u8], entry_count: u32) -> Result<Vec<Entry>, EntriesError> {
         let kind = match kind {
             KIND_DIRECTORY => Kind::Directory { opaque: false },
             KIND_OPAQUE_DIRECTORY => Kind::Directory { opaque: true },
+            KIND_LATE_DIRECTORY => Kind::LateDirectory { opaque: false },
+            KIND_OPAQUE_LATE_DIRECTORY => Kind::LateDirectory { opaque: true },
             KIND_IMPLICIT_DIRECTORY => Kind::ImplicitDirectory { opaque: false },
             KIND_OPAQUE_IMPLICIT_DIRECTORY => Kind::ImplicitDirectory { opaque: true },
             KIND_REGULAR => {

@@ -178,6 +178,103 @@ fn reads_long_names_and_pax_records() {
 }
 
 #[test]
+fn reads_names_and_numbers_of_every_form() {
+    let mut prefixed = Archive::header("name", b'0', 0);
+    prefixed.as_mut_bytes()[345..345 + 9].copy_from_slice(b"some/long");
+    // Base-256: the top bit, then the number; all ones in front of a negative one.
+    let mut binary = Archive::header("binary", b'0', 2);
+    let number = |bytes: &mut [u8], value: i64| {
+        let (front, back) = bytes.split_at_mut(bytes.len() - 8.min(bytes.len()));
+        front.fill(if value < 0 { 0xff } else { 0 });
+        back.copy_from_slice(&value.to_be_bytes()[8 - back.len()..]);
+        bytes[0] |= 0x80;
+    };
+    number(&mut binary.as_mut_bytes()[108..116], 3_000_000_000);
+    number(&mut binary.as_mut_bytes()[116..124], 70_000);
+    number(&mut binary.as_mut_bytes()[124..136], 2);
+    number(&mut binary.as_mut_bytes()[136..148], 5_000_000_000);
+    let mut negative = Archive::header("negative", b'0', 0);
+    number(&mut negative.as_mut_bytes()[136..148], -5);
+    let mut modes = Archive::header("modes", b'0', 0);
+    modes.set_mode(0o107_755);
+    let tree = Archive::default()
+        .with(prefixed, b"")
+        .with(binary, b"ab")
+        .with(negative, b"")
+        .with(modes, b"")
+        .pax(&[("path", b"pax"), ("linkpath", "t".repeat(300).as_bytes()), ("mtime", b"1700000000.000000001")])
+        .link("l", b'2', "short")
+        .tree();
+    assert!(tree.get(b"some/long/name").is_some());
+    let binary = get(&tree, "binary");
+    assert_eq!((binary.uid, binary.gid, binary.mtime.secs), (3_000_000_000, 70_000, 5_000_000_000));
+    assert!(matches!(binary.kind, Kind::Regular { size: 2, .. }));
+    // A time before the epoch becomes the epoch, as in containerd.
+    assert_eq!(get(&tree, "negative").mtime, Mtime::default());
+    assert_eq!(get(&tree, "modes").mode, 0o7755);
+    let pax = get(&tree, "pax");
+    assert_eq!(pax.kind, Kind::Symlink { target: "t".repeat(300).into_bytes() });
+    assert_eq!(pax.mtime, Mtime { secs: 1_700_000_000, nanos: 1 });
+}
+
+#[test]
+fn files_may_be_larger_than_octal_numbers_say() {
+    const SIZE: u64 = (9 << 30) + 5;
+    let mut binary = Archive::header("binary", b'0', 0);
+    let field = &mut binary.as_mut_bytes()[124..136];
+    field.fill(0);
+    field[4..].copy_from_slice(&SIZE.to_be_bytes());
+    field[0] = 0x80;
+    let pax = Archive::default().pax(&[("size", SIZE.to_string().as_bytes())]).file("pax", b"");
+    for (start, name) in [(Archive::default().with(binary, b""), "binary"), (pax, "pax")] {
+        let mut scanner = Scanner::new(Limits::default());
+        let offset = start.0.len() as u64;
+        scanner.push(&start.0).unwrap();
+        let zeros = vec![0; 64 << 20];
+        let mut left = SIZE.next_multiple_of(512);
+        while left > 0 {
+            let len = left.min(zeros.len() as u64);
+            scanner.push(&zeros[..len as usize]).unwrap();
+            left -= len;
+        }
+        scanner.push(&Archive::default().file("after", b"x").end()).unwrap();
+        let tree = scanner.finish().unwrap();
+        assert_eq!(get(&tree, name).kind, Kind::Regular { offset, size: SIZE });
+        let after = offset + SIZE.next_multiple_of(512) + 512;
+        assert_eq!(get(&tree, "after").kind, Kind::Regular { offset: after, size: 1 });
+    }
+}
+
+#[test]
+fn directories_that_come_late_are_marked() {
+    let tree = Archive::default()
+        .file("late/f", b"")
+        .directory("late")
+        .directory("early")
+        .file("early/f", b"")
+        .directory("early")
+        .file("hidden/.wh..wh..opq", b"")
+        .directory("hidden")
+        .tree();
+    assert_eq!(get(&tree, "late").kind, Kind::LateDirectory { opaque: false });
+    assert_eq!(get(&tree, "late").mode, 0o750);
+    assert_eq!(get(&tree, "early").kind, Kind::Directory { opaque: false });
+    assert_eq!(get(&tree, "hidden").kind, Kind::LateDirectory { opaque: true });
+    assert!(tree.has_implicit_directories() && tree.has_whiteouts());
+}
+
+#[test]
+fn what_is_made_in_a_setgid_directory_has_its_group() {
+    let mut shared = Archive::header("shared", b'5', 0);
+    shared.set_mode(0o2775);
+    let tree = Archive::default().file("before/x/f", b"").with(shared, b"").file("shared/a/b/f", b"").tree();
+    let made = |path: &str| (get(&tree, path).mode, get(&tree, path).gid);
+    // containerd's mkdir takes the bit away again, so it goes no further.
+    assert_eq!((made("shared"), made("shared/a"), made("shared/a/b")), ((0o2775, 2), (0o755, 2), (0o755, 0)));
+    assert_eq!(made("before/x"), (0o755, 0));
+}
+
+#[test]
 fn bounds_times_as_containerd_does() {
     let tree = Archive::default()
         .pax(&[("mtime", b"-1.5")])

@@ -49,6 +49,8 @@ enum Body {
 struct Directory {
     children: BTreeMap<Vec<u8>, usize>,
     named: bool,
+    /// It was made for a path in it before it was named.
+    late: bool,
     opaque: bool,
 }
 
@@ -169,11 +171,14 @@ impl Unpacking {
     }
 
     fn apply_directory(&mut self, header: &Header, records: &Records, place: &Place) -> Result<(), TarError> {
-        let inode = match self.lookup(place) {
+        let existing = self.lookup(place);
+        let inode = match existing {
             Some(inode) => inode,
             None => self.insert(place, Body::Directory(Directory::default()))?,
         };
+        let is_new = existing.is_none();
         if let Some(directory) = self.directory_mut(inode) {
+            directory.late |= !is_new && !directory.named;
             directory.named = true;
         }
         let name = path::clean(&header.name);
@@ -291,11 +296,22 @@ impl Unpacking {
                     let path = path.get(..end).unwrap_or(path).to_vec();
                     let place = Place { path, directory, name: name.to_vec() };
                     place.check()?;
-                    self.insert(&place, Body::Directory(Directory::default()))?
+                    self.make_directory(&place)?
                 }
             };
         }
         Ok(directory)
+    }
+
+    /// Makes a directory that the tar has not named. The kernel gives it the group of a setgid directory that it is made in;
+    /// containerd sets its mode afterwards, without setgid, and nothing else.
+    fn make_directory(&mut self, place: &Place) -> Result<usize, TarError> {
+        let number = self.insert(place, Body::Directory(Directory::default()))?;
+        let gid = self.inodes.get(place.directory).filter(|parent| parent.mode & 0o2000 != 0).map(|parent| parent.gid);
+        if let (Some(gid), Some(inode)) = (gid, self.inodes.get_mut(number)) {
+            inode.gid = gid;
+        }
+        Ok(number)
     }
 
     fn insert(&mut self, place: &Place, body: Body) -> Result<usize, TarError> {
@@ -395,6 +411,7 @@ impl Inode {
     /// The entry of the inode's first name. Leaves the inode without xattrs and children.
     fn entry(&mut self, path: Vec<u8>) -> Entry {
         let kind = match std::mem::replace(&mut self.body, Body::Other(Kind::Fifo)) {
+            Body::Directory(Directory { named: true, late: true, opaque, .. }) => Kind::LateDirectory { opaque },
             Body::Directory(Directory { named: true, opaque, .. }) => Kind::Directory { opaque },
             Body::Directory(Directory { named: false, opaque, .. }) => Kind::ImplicitDirectory { opaque },
             Body::Other(kind) => kind,

@@ -26,6 +26,17 @@ impl Default for DirectoryAttributes {
     }
 }
 
+impl DirectoryAttributes {
+    /// Adds those of the extended attributes `below` that it does not have itself.
+    pub(crate) fn keep(&mut self, below: Vec<Xattr>) {
+        for xattr in below {
+            if let Err(place) = self.xattrs.binary_search_by(|own| own.name.cmp(&xattr.name)) {
+                self.xattrs.insert(place, xattr);
+            }
+        }
+    }
+}
+
 /// Gives the directories that a layer leaves out the attributes they have in the layers below.
 pub trait LowerDirectories {
     /// The attributes of the directory `path` as the layers below show it; `None` where they have no directory there.
@@ -52,23 +63,37 @@ impl<'a> Stack<'a> {
 impl LowerDirectories for Stack<'_> {
     fn attributes(&self, path: &[u8]) -> Option<DirectoryAttributes> {
         let mut path = path.to_vec();
-        let mut implicit = false;
+        // What the layers so far make of it, if they have it, and what they add to the attributes from further below.
+        let mut made = None;
+        let mut late: Vec<&Entry> = Vec::new();
+        let mut base = None;
         for layer in self.layers {
             let found = follow(&path, (), |(), path| layer.look(path)).map(|followed| (layer.get(&followed), followed));
             match found {
-                Ok((Some(Entry { kind: Kind::ImplicitDirectory { .. }, .. }), followed)) => {
-                    // This layer's unpacking asked the layers below it in turn, at the place it created.
+                // This layer's unpacking asked the layers below it in turn, at the place it created.
+                Ok((Some(entry), followed)) if entry.kind.takes_over() => {
                     path = followed;
-                    implicit = true;
+                    match entry.kind {
+                        Kind::LateDirectory { .. } => late.push(entry),
+                        _ => made = Some(DirectoryAttributes { gid: entry.gid, ..DirectoryAttributes::default() }),
+                    }
                 }
-                Ok((Some(entry), _)) if entry.kind.is_directory() => return Some(attributes_of(entry)),
+                Ok((Some(entry), _)) if entry.kind.is_directory() => {
+                    base = Some(attributes_of(entry));
+                    break;
+                }
                 Ok((Some(_), _)) => break,
                 Ok((None, followed)) if layer.hides(&followed) => break,
                 Ok((None, _)) => {}
                 Err(_) => break,
             }
         }
-        implicit.then(DirectoryAttributes::default)
+        let base = base.or(made);
+        late.into_iter().rev().fold(base, |below, entry| {
+            let mut attributes = attributes_of(entry);
+            attributes.keep(below.map(|below| below.xattrs).unwrap_or_default());
+            Some(attributes)
+        })
     }
 }
 
@@ -95,7 +120,7 @@ impl Tree {
     }
 }
 
-fn attributes_of(entry: &Entry) -> DirectoryAttributes {
+pub(crate) fn attributes_of(entry: &Entry) -> DirectoryAttributes {
     let Entry { mode, uid, gid, mtime, xattrs, .. } = entry;
     DirectoryAttributes { mode: *mode, uid: *uid, gid: *gid, mtime: *mtime, xattrs: xattrs.clone() }
 }
