@@ -3,6 +3,7 @@
 #   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
 #   make check          format, lints, licences, documentation
+#   make fuzz           every fuzz target for FUZZ_SECONDS (needs nightly Rust and cargo-fuzz)
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
@@ -20,6 +21,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH$(,)HOME$(,)CARGO_HOME$(,)RUSTUP_HOME$(,)GOCACHE$(,)GOMODCACHE)
 
 SPEED ?= 1000
+FUZZ_SECONDS ?= 30
 RUNS ?= 3
 SPEEDS ?= 200 1000
 
@@ -92,6 +94,17 @@ deny: $(DENY)
 	$(DENY) --log-level error check bans licenses sources
 $(DENY):
 	$(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TARGET)/tools/cargo-deny --quiet
+
+.PHONY: fuzz
+# Crates with fuzz targets. Their seeds are committed and replayed by the unit tests; what a run finds stays in artifacts/.
+FUZZ_CRATES := $(wildcard layer/fuzz node/fuzz snapshotter/fuzz seeder/fuzz)
+fuzz:
+	@if ! $(CARGO) +nightly fuzz --version >/dev/null 2>&1; then \
+	    echo "skipped: fuzzing needs nightly Rust and cargo-fuzz (rustup toolchain install nightly; cargo install cargo-fuzz)"; \
+	else for crate in $(FUZZ_CRATES); do for target in $$($(CARGO) +nightly fuzz list --fuzz-dir $$crate); do \
+	    echo "== $$crate $$target, $(FUZZ_SECONDS) s"; \
+	    $(CARGO) +nightly fuzz run --fuzz-dir $$crate $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=25 -verbosity=0 -print_final_stats=1; \
+	done; done; fi
 
 .PHONY: bench-single bench-files bench-footprint bench-kernels
 # Scanning, image writing and ingest, with criterion.
