@@ -8,7 +8,7 @@ use layer::index::Spans;
 use layer::{Digest, Geometry};
 use node::layer::Layer;
 use node::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
-use node::span_pass::{SpanPass, likely_units, units};
+use node::span_pass::{SpanPass, likely_units, surprises, units};
 
 use super::content::{ContentError, ContentStore};
 
@@ -37,24 +37,23 @@ impl ContentSource {
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
+        let was_planned = self.units.get().is_some();
         let spans = self.spans().await?;
         self.units.get_or_init(|| units(&spans));
         let covering = spans.covering(run);
         let (Some(first), Some(last)) = (covering.first(), covering.last()) else {
             return Err(self.missing("no such chunks".to_owned()));
         };
+        if !was_planned && surprises(covering) {
+            return Err(self.missing("its spans were not known when it was asked".to_owned()));
+        }
         let range = first.blob.start..last.blob.end;
         let opened = self.content.open(&self.namespace, self.blob, range.clone()).await;
         let Some(mut body) = opened.map_err(|error| self.error(&error))? else { return Err(self.forget()) };
         let mut pass = SpanPass::new(covering, self.geometry, range.start);
-        let mut read_bytes = 0;
         while !pass.is_done() {
             let Some(bytes) = body.next().await.map_err(|error| self.error(&error))? else { break };
-            read_bytes += bytes.len();
-            for (chunk, plain) in pass.push(&bytes).map_err(|reason| self.corrupt(reason))? {
-                let read_bytes = std::mem::take(&mut read_bytes);
-                sink.chunk(chunk, &plain, read_bytes).map_err(|error| self.corrupt(error.to_string()))?;
-            }
+            pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
         }
         match pass.is_done() {
             true => Ok(()),
