@@ -122,6 +122,14 @@ pub enum IngestFailure {
         /// What came.
         reason: String,
     },
+    /// What came cannot become a layer. Whether the registry or the image is to blame is not known yet.
+    #[error("{blob} gives no layer (the rest of it is still being checked): {reason}")]
+    Content {
+        /// The blob.
+        blob: String,
+        /// What is wrong, if it is the blob.
+        reason: String,
+    },
     /// The disk failed.
     #[error("cannot store {blob}: {reason}")]
     Store {

@@ -92,9 +92,8 @@ impl Pass {
     fn take(&mut self, ingest: &mut Ingest, bytes: &[u8], told: &mut Instant) -> Result<(), PassError> {
         let pushed = ingest.push(bytes, &mut |chunk, plain, _| self.batch.push(chunk, plain));
         pushed.map_err(|error| PassError::Stopped(ended(&self.blob, &error)))?;
-        // Wrong bytes look like broken content, but either way there will be no index: who waits learns it now.
         if let Some(failure) = ingest.failure() {
-            return Err(PassError::Stopped(ended(&self.blob, &failure)));
+            self.tell_failure(&failure);
         }
         if self.batch.has_failed() {
             return Err(PassError::Disk(io::Error::other("the wire forms of its chunks cannot be written")));
@@ -104,6 +103,19 @@ impl Pass {
             self.tell(ingest);
         }
         Ok(())
+    }
+
+    /// There will be no index, so who waits learns it now. Why is known only when the blob was hashed to its end: wrong bytes
+    /// look like broken content, and only the latter may be remembered. A blob that began on the disk is tried anew first.
+    fn tell_failure(&self, failure: &IngestError) {
+        self.phase.send_if_modified(|phase| {
+            let is_first = self.blob_here == 0 && matches!(phase, Phase::Running(_));
+            if is_first {
+                let (blob, reason) = (self.blob.to_string(), failure.to_string());
+                *phase = Phase::Failed(IngestFailure::Content { blob, reason });
+            }
+            is_first
+        });
     }
 
     fn tell(&self, ingest: &Ingest) {

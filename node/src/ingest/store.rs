@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use layer::Digest;
-use layer::index::{HEADER_LEN, Header, Index, Section};
+use layer::index::{HEADER_LEN, Header, Index, Section, check_section};
 use rustix::fs::FlockOperation;
 
 use super::frames::Frames;
@@ -105,10 +105,15 @@ impl Store {
         list(&self.root)
     }
 
-    /// The index of a known layer; `None` where it is not known or its files cannot be used, which is logged.
+    /// The index of a known layer; `None` where it is not known or its files cannot be used, which is logged. Reads all of it:
+    /// nodes refuse a damaged section, so a layer with one must not count as known.
     pub fn index(&self, blob: Digest) -> Option<StoredIndex> {
         let directory = self.index_path(blob);
-        match read_index(&directory, blob) {
+        let checked = read_index(&directory, blob).and_then(|stored| {
+            check_sections(&directory, &stored.header)?;
+            Ok(stored)
+        });
+        match checked {
             Ok(stored) => Some(stored),
             Err(error) if error.kind() == io::ErrorKind::NotFound && !directory.exists() => None,
             Err(error) => {
@@ -294,6 +299,15 @@ fn read_index(directory: &Path, blob: Digest) -> io::Result<StoredIndex> {
     }
     let signed = Signed::parse(&read_small(&directory.join("signature"), SIGNED_BYTES_MAX)?);
     Ok(StoredIndex { header, signed: signed.ok_or_else(|| broken("its signature cannot be read".to_owned()))? })
+}
+
+fn check_sections(directory: &Path, header: &Header) -> io::Result<()> {
+    for section in Section::ALL {
+        let bytes = fs::read(directory.join(section.name()))?;
+        check_section(header, section, &bytes)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    }
+    Ok(())
 }
 
 fn write_signed(directory: &Path, signed: &Signed) -> io::Result<()> {

@@ -105,7 +105,8 @@ impl TestSeeder {
 }
 
 pub(crate) async fn finished(mut phase: watch::Receiver<Phase>) -> Phase {
-    let wait = phase.wait_for(|phase| !matches!(phase, Phase::Running(_)));
+    let wait =
+        phase.wait_for(|phase| !matches!(phase, Phase::Running(_) | Phase::Failed(IngestFailure::Content { .. })));
     tokio::time::timeout(Duration::from_secs(30), wait).await.expect("the ingest ends").unwrap().clone()
 }
 
@@ -319,6 +320,26 @@ async fn wrong_bytes_are_named_and_nothing_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_that_look_like_a_broken_layer_are_forgiven() {
+    let (registry, directory) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
+    let sample = Sample::new(12);
+    let blob = registry.put_blob(sample.blob.clone());
+    let mut wrong = sample.blob.clone();
+    wrong[100_000..100_100].fill(0);
+    registry.corrupt_blob(&blob, wrong);
+    let ingester = ingester(directory.path(), &registry, &Security::Off);
+    let Phase::Failed(error) = finished(ingester.ask(&blob).await.unwrap()).await else { panic!("it is believed") };
+    assert!(matches!(error, IngestFailure::WrongBlob { .. }), "{error}");
+    registry.put_blob(sample.blob);
+    let again = async {
+        while !matches!(finished(ingester.ask(&blob).await.unwrap()).await, Phase::Ready(_)) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), again).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_broken_download_goes_on_where_it_broke() {
     let (registry, directory) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
     let sample = Sample::new(7);
@@ -378,6 +399,28 @@ async fn what_cannot_be_lazy_says_why() {
     let missing = BlobRef { digest: Digest::of(b"missing"), ..broken };
     let Phase::Failed(error) = finished(ingester.ask(&missing).await.unwrap()).await else { panic!("it is there") };
     assert!(matches!(error, IngestFailure::Registry(RegistryError::NotFound { .. })), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_section_is_made_again() {
+    let (registry, directory) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
+    let blob = registry.put_blob(Sample::new(11).blob);
+    for section in Section::ALL {
+        let path = directory.path().join("indexes").join(blob.digest.hex()).join(section.name());
+        let made = {
+            let ingester = ingester(directory.path(), &registry, &Security::Off);
+            known(&ingester, &blob).await;
+            std::fs::read(&path).unwrap()
+        };
+        let mut damaged = made.clone();
+        damaged[made.len() / 2] ^= 1;
+        std::fs::write(&path, damaged).unwrap();
+        let ingester = ingester(directory.path(), &registry, &Security::Off);
+        assert!(ingester.known(blob.digest).await.is_none(), "{section}");
+        known(&ingester, &blob).await;
+        assert_eq!(std::fs::read(&path).unwrap(), made, "{section}");
+    }
+    assert_eq!(registry.requests().bodies, 1, "the blob is here: no network is used");
 }
 
 #[tokio::test(flavor = "multi_thread")]
