@@ -102,6 +102,14 @@ pub enum KeeperError {
         .0.display()
     )]
     Silent(PathBuf),
+    /// The path of the socket is taken.
+    #[error("cannot listen on {}: {reason}. Choose another path for the key socket, the same as in containerd's drop-in", path.display())]
+    Socket {
+        /// The path.
+        path: PathBuf,
+        /// By what.
+        reason: &'static str,
+    },
     /// No FUSE mount.
     #[error("there is no FUSE mount")]
     Mount(#[from] MountError),

@@ -7,8 +7,8 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::{
             ffi::{OsStrExt, OsStringExt},
-            fs::{DirBuilderExt, PermissionsExt},
-            net::UnixListener,
+            fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
             process::CommandExt,
         },
     },
@@ -488,17 +488,14 @@ fn take_over(options: &KeeperOptions) -> Result<Estate, KeeperError> {
 /// A new estate, made of what a service manager kept or of a new mount and socket.
 fn set_up(options: &KeeperOptions, lock: OwnedFd) -> Result<Estate, KeeperError> {
     let (fuse, listener) = manager::kept();
-    let (fuse, generation) = match fuse.filter(|fuse| mount::is_connected(fuse)) {
-        Some(fuse) => (fuse, 1),
-        None => {
-            clear_mount(&options.mount_point)?;
-            make_directory(&options.mount_point, 0o700)?;
-            (mount::mount(&options.mount_point)?, 0)
-        }
-    };
+    // First: a mount must not be left behind where the socket cannot be had.
     let listener = match listener {
         Some(listener) => listener,
         None => bind(&options.socket)?.into(),
+    };
+    let (fuse, generation) = match fuse.filter(|fuse| mount::is_connected(fuse)) {
+        Some(fuse) => (fuse, 1),
+        None => (mount_anew(&options.mount_point).inspect_err(|_| drop(fs::remove_file(&options.socket)))?, 0),
     };
     Ok(Estate {
         fuse,
@@ -512,6 +509,12 @@ fn set_up(options: &KeeperOptions, lock: OwnedFd) -> Result<Estate, KeeperError>
         reload: false,
         attended: true,
     })
+}
+
+fn mount_anew(mount_point: &Path) -> Result<OwnedFd, KeeperError> {
+    clear_mount(mount_point)?;
+    make_directory(mount_point, 0o700)?;
+    Ok(mount::mount(mount_point)?)
 }
 
 /// Removes a mount that an earlier instance left.
@@ -530,13 +533,32 @@ fn bind(socket: &Path) -> Result<UnixListener, KeeperError> {
     if let Some(directory) = socket.parent() {
         make_directory(directory, 0o755)?;
     }
-    match fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(KeeperError::set_up(socket)(error)),
-        _ => {}
-    }
+    clear_socket(socket)?;
     let listener = UnixListener::bind(socket).map_err(KeeperError::set_up(socket))?;
     fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(KeeperError::set_up(socket))?;
     Ok(listener)
+}
+
+/// Removes a socket that nobody serves any more. Everything else at its path is somebody's: containerd's own socket, if the
+/// configuration is wrong.
+fn clear_socket(socket: &Path) -> Result<(), KeeperError> {
+    let kind = match fs::symlink_metadata(socket) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(KeeperError::set_up(socket)(error)),
+    };
+    let refused = |reason| KeeperError::Socket { path: socket.into(), reason };
+    if !kind.is_socket() {
+        return Err(refused("there is a file that is no socket"));
+    }
+    match UnixStream::connect(socket) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {}
+        _ => return Err(refused("another process listens there")),
+    }
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(KeeperError::set_up(socket)(error)),
+        _ => Ok(()),
+    }
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), KeeperError> {
