@@ -77,7 +77,7 @@ test-fuse: setup
 # containerd's own snapshotter suite, and everything end to end on the real containerd.
 test-containerd: setup
 	$(CARGO) build -p drover-snapshotter -p drover-seeder
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc

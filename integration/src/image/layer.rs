@@ -27,6 +27,18 @@ pub struct Layer {
     pub path: PathBuf,
 }
 
+impl Layer {
+    /// Whatever `blob` is, as a layer of the image in `folder` whose configuration says `diff_id`: for images that are broken.
+    pub fn from_bytes(folder: &Path, blob: &[u8], diff_id: &str) -> Result<Self> {
+        let hex = hex_of(&Sha256::digest(blob));
+        let path = blob_folder(folder).join(&hex);
+        fs::create_dir_all(blob_folder(folder))?;
+        fs::write(&path, blob).with_context(|| format!("cannot write {}", path.display()))?;
+        let digest = format!("sha256:{hex}");
+        Ok(Self { digest, diff_id: diff_id.to_owned(), size: blob.len() as u64, path })
+    }
+}
+
 /// Attributes of an entry that is made up.
 #[derive(Clone, Copy, Debug)]
 pub struct Attributes {

@@ -35,7 +35,7 @@ pub fn build_variant(folder: &Path, busybox: &Path, text: &str) -> Result<Image>
 }
 
 /// A root file system of busybox alone.
-pub(super) fn base(folder: &Path, busybox: &Path) -> Result<super::Layer> {
+pub fn base(folder: &Path, busybox: &Path) -> Result<super::Layer> {
     let mut layer = LayerWriter::create(folder, "base")?;
     let program = fs::read(busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
     for directory in ["bin", "etc", "dev", "proc", "sys", "run", "srv", "var", "var/log", "root"] {

@@ -1,0 +1,413 @@
+//! What goes wrong in practice: broken images, a registry that lies, damaged files, wrong configurations. Each gives one clear
+//! error, nothing else is harmed, and a retry works once the cause is gone. Real programs; needs root.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::drover::ordinary_layers;
+use lab::image::layer::Attributes;
+use lab::image::{Image, Layer, LayerWriter, small};
+use lab::process::{run, wait_for};
+use lab::sandbox::run_test;
+use lab::scene::{Node, Scene};
+use lab::tools::Tools;
+use sha2::{Digest as _, Sha256};
+
+const PATH: &str = "/usr/local/bin:/bin";
+/// How soon a program must say that it cannot start.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A layer that cannot be lazy, and what becomes of a pull.
+struct Broken {
+    name: &'static str,
+    layer: Layer,
+    /// What the snapshotter's reason must hold besides the blob's digest.
+    says: &'static str,
+    /// Whether containerd can unpack it.
+    unpacks: bool,
+}
+
+#[test]
+fn a_broken_image_harms_no_other() {
+    run_test("a_broken_image_harms_no_other", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let folder = run_of.folder().join("image");
+        let healthy = small::build(&folder, &tools.busybox)?;
+        let base = small::base(&folder, &tools.busybox)?;
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let reference = push(&scene, &healthy, "test/healthy")?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("[fill]\nenabled = false\n")?;
+        let (network, containerd) = (&scene.network, node.containerd());
+        containerd.pull(network, "drover", &reference)?;
+        let sums = "find /etc /srv -type f | sort | xargs cat | sha256sum";
+        let script = format!("echo ready; while [ ! -e /stop ]; do sleep 0.1; done; {sums}");
+        let reader = containerd.container(network, "drover", &reference, "reader", &["sh", "-c", &script]).spawn()?;
+        let running = || run(&mut containerd.ctr(network, &["task", "ls"])).is_ok_and(|text| text.contains("RUNNING"));
+        wait_for("the container runs", Duration::from_secs(60), running)?;
+
+        for Broken { name, layer, says, unpacks } in broken(&folder)? {
+            let case = || format!("case {name}");
+            let image = Image::assemble(&folder, &[base.clone(), layer.clone()], PATH)?;
+            let reference = push(&scene, &image, &format!("test/{name}"))?;
+            let pulled = containerd.pull(network, "drover", &reference);
+            ensure!(pulled.is_ok() == unpacks, "{}: the pull gives {pulled:?}", case());
+            let reason = declined(&node, &layer.digest).with_context(case)?;
+            println!("{name}: {reason}");
+            ensure!(reason.contains(says), "{}: wanted {says:?} in: {reason}", case());
+            if unpacks {
+                let printed = containerd.output_of(network, "drover", &reference, name, &["cat", "/file"])?;
+                ensure!(printed == "contents\n", "{}: the container printed {printed:?}", case());
+            }
+        }
+
+        // The container that was there all along, and a new one on the same image.
+        run(&mut containerd.ctr(network, &["task", "exec", "--exec-id", "e1", "reader", "touch", "/stop"]))?;
+        let output = reader.wait_with_output()?;
+        ensure!(output.status.success(), "the reader failed: {}", String::from_utf8_lossy(&output.stderr));
+        let printed = String::from_utf8(output.stdout)?;
+        let again = containerd.output_of(network, "drover", &reference, "again", &["sh", "-c", sums])?;
+        ensure!(printed == format!("ready\n{again}"), "read {printed:?}, then {again:?}");
+        Ok(())
+    });
+}
+
+/// Every layer but the last one's is broken for containerd too.
+fn broken(folder: &Path) -> Result<Vec<Broken>> {
+    let sound = |name: &str| -> Result<(Layer, Vec<u8>, Vec<u8>)> {
+        let mut layer = LayerWriter::create(folder, name)?;
+        layer.file("file", Attributes::root(0o644), b"contents\n")?;
+        layer.file("noise", Attributes::root(0o644), &fs::read("/proc/self/exe")?[..300_000])?;
+        let layer = layer.finish()?;
+        let blob = fs::read(&layer.path)?;
+        let tar = through("gzip", &["-dc"], &blob)?;
+        Ok((layer, blob, tar))
+    };
+    let (layer, blob, tar) = sound("sound")?;
+    let bytes = |blob: &[u8]| Layer::from_bytes(folder, blob, &layer.diff_id);
+    let packed = |tar: &[u8]| {
+        let diff_id: String = Sha256::digest(tar).iter().map(|byte| format!("{byte:02x}")).collect();
+        Layer::from_bytes(folder, &through("gzip", &["-nc"], tar)?, &format!("sha256:{diff_id}"))
+    };
+    let cut = blob.get(..blob.len() / 2).context("the blob is empty")?;
+    // Seen by the decoder or only by the diffID.
+    let mut flipped = blob.clone();
+    flipped[blob.len() / 2] ^= 0x40;
+    let mut wrong_header = tar.clone();
+    // Inside the first header's name: its checksum is wrong then.
+    wrong_header[1] ^= 0xff;
+    let other = Layer::from_bytes(folder, &blob, &format!("sha256:{}", "0".repeat(64)))?;
+    let case = |name, layer, says, unpacks| Broken { name, layer, says, unpacks };
+    Ok(vec![
+        case("truncated-gzip", bytes(cut)?, "cut off", false),
+        case("damaged-gzip", bytes(&flipped)?, "", false),
+        case("no-archive", bytes(b"<html>not a layer</html>")?, "tar", false),
+        case("damaged-tar", packed(&wrong_header)?, "tar", false),
+        case("truncated-tar", packed(&tar[..100_000])?, "tar", false),
+        case("other-diff-id", other, "diffID", false),
+        case("gnu-sparse", packed(&sparse_tar())?, "sparse", true),
+    ])
+}
+
+/// What GNU tar makes of a file with holes: containerd's Go reader expands it, a device cannot.
+fn sparse_tar() -> Vec<u8> {
+    let mut tar = Vec::new();
+    let entry = |name: &[u8], kind: u8, body: &[u8], sparse: bool| {
+        let mut header = [0u8; 512];
+        header[..name.len()].copy_from_slice(name);
+        header[100..108].copy_from_slice(b"0000644\0");
+        header[108..116].copy_from_slice(b"0000000\0");
+        header[116..124].copy_from_slice(b"0000000\0");
+        header[124..136].copy_from_slice(format!("{:011o}\0", body.len()).as_bytes());
+        header[136..148].copy_from_slice(b"14524770400\0");
+        header[148..156].fill(b' ');
+        header[156] = kind;
+        header[257..265].copy_from_slice(b"ustar  \0");
+        if sparse {
+            // One extent at 4096 of a file of 8192 bytes.
+            header[386..398].copy_from_slice(b"00000010000\0");
+            header[398..410].copy_from_slice(format!("{:011o}\0", body.len()).as_bytes());
+            header[483..495].copy_from_slice(b"00000020000\0");
+        }
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let mut entry = header.to_vec();
+        entry.extend_from_slice(body);
+        entry.resize(entry.len().next_multiple_of(512), 0);
+        entry
+    };
+    tar.extend(entry(b"file", b'0', b"contents\n", false));
+    tar.extend(entry(b"holes", b'S', &[7; 512], true));
+    tar.resize(tar.len() + 1024, 0);
+    tar
+}
+
+/// A registry that hands out other bytes than the digest's, or none: no layer comes of it, the blob is named, and when the
+/// registry is well again so is the image.
+#[test]
+fn a_lying_registry_is_named_and_forgiven() {
+    run_test("a_lying_registry_is_named_and_forgiven", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let image = small::build_variant(&run_of.folder().join("image"), &tools.busybox, "told\n")?;
+        let storage = run_of.folder().join("registry");
+        let mut scene = Scene::private(run_of, tools, &storage)?;
+        let reference = push(&scene, &image, "test/lies")?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("")?;
+        let (network, containerd) = (&scene.network, node.containerd());
+        let large = image.layers.iter().max_by_key(|layer| layer.size).context("no layers")?;
+        let hex = large.digest.trim_start_matches("sha256:");
+        let stored = storage.join(format!("storage/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]));
+        let told = fs::read(&stored)?;
+        let mut lie = told.clone();
+        // What looks like a broken layer must not be remembered as one.
+        *lie.last_mut().context("empty blob")? ^= 1;
+
+        fs::write(&stored, &lie)?;
+        ensure!(containerd.pull(network, "drover", &reference).is_err(), "containerd takes a wrong blob");
+        println!("{}", declined(&node, &large.digest)?);
+        let seeder = scene.seeder.as_ref().context("no seeder")?;
+        let log = fs::read_to_string(seeder.daemon().log())?;
+        let named = log.lines().any(|line| line.contains("ingest fails") && line.contains(&large.digest));
+        ensure!(named, "the seeder's log does not name the blob:\n{log}");
+
+        fs::remove_file(&stored)?;
+        ensure!(containerd.pull(network, "drover", &reference).is_err(), "containerd pulls a missing blob");
+
+        fs::write(&stored, &told)?;
+        let lazy = || -> Result<bool> {
+            // containerd unpacks what is declined while the seeder rests after its failure.
+            let _ = run(&mut containerd.ctr(network, &["image", "rm", "--sync", &reference]));
+            containerd.pull(network, "drover", &reference)?;
+            Ok(ordinary_layers(&node.snapshotter()?.status()?).is_empty())
+        };
+        let mut last = Ok(false);
+        let waited = wait_for("the image is lazy", Duration::from_secs(60), || {
+            last = lazy();
+            matches!(last, Ok(true))
+        });
+        waited.with_context(|| {
+            format!("{last:?}\n{}", node.snapshotter().and_then(|s| s.status_text()).unwrap_or_default())
+        })?;
+        let printed = containerd.output_of(network, "drover", &reference, "c1", &["cat", "/version"])?;
+        ensure!(printed == "told\n", "the container printed {printed:?}");
+        Ok(())
+    });
+}
+
+/// A gigabyte of nothing in a megabyte: it costs time, not memory, and the image is what it says.
+#[test]
+fn a_gzip_bomb_costs_no_memory() {
+    run_test("a_gzip_bomb_costs_no_memory", |run_of| {
+        const ZEROS: u64 = 1 << 30;
+        let tools = Tools::prepare(&|_| {})?;
+        let folder = run_of.folder().join("image");
+        let base = small::base(&folder, &tools.busybox)?;
+        let mut bomb = LayerWriter::create(&folder, "bomb")?;
+        let zeros = run_of.folder().join("zeros");
+        fs::create_dir(&zeros)?;
+        fs::File::create(zeros.join("bomb"))?.set_len(ZEROS)?;
+        bomb.from_disk(&zeros, Path::new("bomb"), None)?;
+        let image = Image::assemble(&folder, &[base, bomb.finish()?], PATH)?;
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let reference = push(&scene, &image, "test/bomb")?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("[fill]\nenabled = false\n")?;
+        let (network, containerd) = (&scene.network, node.containerd());
+        containerd.pull(network, "drover", &reference)?;
+        let printed = containerd.output_of(
+            network,
+            "drover",
+            &reference,
+            "c1",
+            &["sh", "-c", "tail -c 5 /bomb | wc -c; wc -c /bomb"],
+        )?;
+        ensure!(printed == format!("5\n{ZEROS} /bomb\n"), "the container printed {printed:?}");
+        let seeder = scene.seeder.as_ref().context("no seeder")?.daemon().usage().peak_memory;
+        let snapshotter = node.snapshotter()?.daemon().usage().peak_memory;
+        for (name, bytes) in [("seeder", seeder), ("snapshotter", snapshotter)] {
+            ensure!(bytes < 256 << 20, "the {name} took {bytes} bytes");
+        }
+        Ok(())
+    });
+}
+
+/// Programs that cannot start say why in one line, which names what to change, and leave nothing behind.
+#[test]
+fn a_program_that_cannot_start_says_why() {
+    run_test("a_program_that_cannot_start_says_why", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let folder = run_of.folder();
+        let (run_folder, root) = (folder.join("run"), folder.join("root"));
+        let taken = folder.join("taken.sock");
+        let _listening = UnixListener::bind(&taken)?;
+        let plain = folder.join("plain-file");
+        fs::write(&plain, "precious")?;
+        let config = |name: &str, text: &str| -> Result<PathBuf> {
+            let path = folder.join(format!("{name}.toml"));
+            let both = format!("root = \"{}\"\nrun = \"{}\"\n", root.display(), run_folder.display());
+            fs::write(&path, both + text)?;
+            Ok(path)
+        };
+        let off = "security = \"off\"\n";
+        let cases = [
+            ("typo", "secruity = \"off\"\n".to_owned(), vec!["typo.toml", "secruity"]),
+            ("unit", format!("{off}[read]\ndeadline = \"10 parsecs\"\n"), vec!["unit.toml", "deadline"]),
+            ("range", format!("{off}[read]\ndeadline = \"10m\"\n"), vec!["range.toml", "deadline"]),
+            ("no-security", String::new(), vec!["no-security.toml", "security"]),
+            (
+                "no-certificate",
+                "[security]\nmode = \"mtls\"\nca = \"/nowhere/ca\"\ncertificate = \"/nowhere/c\"\nkey = \"/nowhere/k\"\n".into(),
+                vec!["/nowhere/"],
+            ),
+            ("socket-taken", format!("socket = \"{}\"\n{off}", taken.display()), vec!["taken.sock", "another process"]),
+            ("socket-is-file", format!("socket = \"{}\"\n{off}", plain.display()), vec!["plain-file", "no socket"]),
+        ];
+        for (name, text, says) in cases {
+            let mut command = Command::new(&tools.snapshotter);
+            command.arg("serve").arg("--config").arg(config(name, &text)?);
+            let error = refusal(name, command)?;
+            for word in says {
+                ensure!(error.contains(word), "{name}: wanted {word:?} in: {error}");
+            }
+            ensure!(!is_mounted(&root)?, "{name}: a mount is left behind");
+        }
+        ensure!(UnixStream::connect(&taken).is_ok() && fs::read_to_string(&plain)? == "precious");
+
+        let sound = config("sound", off)?;
+        let mut no_fuse = Command::new("unshare");
+        no_fuse.args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$0\" serve --config \"$1\" 2>&1"]);
+        no_fuse.arg(&tools.snapshotter).arg(&sound);
+        let error = refusal("no-fuse", no_fuse)?;
+        ensure!(error.contains("/dev/fuse"), "no-fuse: {error}");
+
+        let mut seeder_config = config("seeder", "")?;
+        fs::write(&seeder_config, format!("root = \"{}\"\nlimits.conections = 3\n{off}", root.display()))?;
+        let seeder = |config: &Path| {
+            let mut command = Command::new(&tools.seeder);
+            command.arg("serve").arg("--config").arg(config);
+            command
+        };
+        let error = refusal("seeder typo", seeder(&seeder_config))?;
+        ensure!(error.contains("conections"), "{error}");
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?;
+        seeder_config = folder.join("port.toml");
+        let listen = port.local_addr()?;
+        fs::write(&seeder_config, format!("root = \"{}\"\nlisten = \"{listen}\"\n{off}", folder.join("s").display()))?;
+        let error = refusal("port", seeder(&seeder_config))?;
+        ensure!(error.contains(&listen.to_string()), "{error}");
+        Ok(())
+    });
+}
+
+/// Where EROFS cannot be mounted from a file, the node works as an ordinary one and says so. A root on tmpfs, whose files
+/// the kernel does not take for that, stands for a kernel that lacks it.
+#[test]
+fn a_node_that_cannot_be_lazy_says_why() {
+    run_test("a_node_that_cannot_be_lazy_says_why", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let folder = run_of.folder();
+        let root = folder.join("root");
+        fs::create_dir(&root)?;
+        run(Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&root))?;
+        let config = folder.join("snapshotter.toml");
+        let run_folder = folder.join("run");
+        let text = format!("root = \"{}\"\nrun = \"{}\"\nsecurity = \"off\"\n", root.display(), run_folder.display());
+        fs::write(&config, text)?;
+        let mut command = Command::new(&tools.snapshotter);
+        command.arg("serve").arg("--config").arg(&config);
+        let mut daemon = lab::process::Daemon::start("snapshotter", &mut command, &folder.join("log"))?;
+        let status = || run(Command::new(&tools.snapshotter).arg("status").arg("--config").arg(&config));
+        daemon.wait_until("answers", START_DEADLINE, || status().is_ok())?;
+        let status = status()?;
+        if status.contains("no layer can be lazy") {
+            ensure!(status.contains("EROFS") || status.contains("erofs"), "the reason does not say what: {status}");
+            ensure!(daemon.log_tail().contains("no layer can be lazy"), "{}", daemon.log_tail());
+        } else {
+            println!("skipped: this kernel mounts EROFS from a file of tmpfs");
+        }
+        daemon.stop();
+        Ok(())
+    });
+}
+
+/// A byte of a stored index flips while the seeder is down: the layer is made anew, and no node is told wrong things.
+#[test]
+fn a_damaged_index_is_made_again() {
+    run_test("a_damaged_index_is_made_again", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let image = small::build_variant(&run_of.folder().join("image"), &tools.busybox, "index\n")?;
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let reference = push(&scene, &image, "test/index")?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("")?;
+        node.containerd().pull(&scene.network, "drover", &reference)?;
+        drop(node);
+        scene.stop_seeder();
+        let indexes = run_of.folder().join("seeder/store/indexes");
+        for entry in fs::read_dir(&indexes)? {
+            let path = entry?.path().join("chunk_digests");
+            let mut bytes = fs::read(&path)?;
+            *bytes.last_mut().context("an empty section")? ^= 1;
+            fs::write(&path, bytes)?;
+        }
+        scene.start_seeder(false)?;
+        let node = scene.drover_node("")?;
+        node.containerd().pull(&scene.network, "drover", &reference)?;
+        let status = node.snapshotter()?.status()?;
+        ensure!(ordinary_layers(&status).is_empty(), "not lazy:\n{}", node.snapshotter()?.status_text()?);
+        let printed = node.containerd().output_of(&scene.network, "drover", &reference, "c1", &["cat", "/version"])?;
+        ensure!(printed == "index\n", "the container printed {printed:?}");
+        Ok(())
+    });
+}
+
+/// Runs a program that must refuse to start, and gives what it says.
+fn refusal(name: &str, mut command: Command) -> Result<String> {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let ended = wait_for("it gives up", START_DEADLINE, || !matches!(child.try_wait(), Ok(None)));
+    if ended.is_err() {
+        child.kill()?;
+    }
+    let output = child.wait_with_output()?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ended.with_context(|| format!("{name}: {text}"))?;
+    ensure!(!output.status.success(), "{name}: it ended well: {text}");
+    Ok(text)
+}
+
+fn is_mounted(below: &Path) -> Result<bool> {
+    let below = below.to_str().context("a path is not UTF-8")?;
+    Ok(fs::read_to_string("/proc/self/mountinfo")?.lines().any(|line| line.contains(below)))
+}
+
+/// Why the snapshotter left the layer of `blob` to containerd, by its log: a pull that fails leaves no snapshot to ask for.
+fn declined(node: &Node, blob: &str) -> Result<String> {
+    let log = fs::read_to_string(node.snapshotter()?.daemon().log())?;
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("containerd unpacks a layer")).collect();
+    let found = lines.iter().rev().find(|line| line.contains(blob));
+    let reason = found.map(|line| line.split_once("reason=").map_or(*line, |(_, reason)| reason).to_owned());
+    reason.with_context(|| format!("no reason names {blob}: {lines:#?}"))
+}
+
+fn through(program: &str, arguments: &[&str], input: &[u8]) -> Result<Vec<u8>> {
+    let mut child = Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut stdin = child.stdin.take().context("no input")?;
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input));
+        child.wait_with_output()
+    })?;
+    ensure!(output.status.success(), "{program}: {}", output.status);
+    Ok(output.stdout)
+}
+
+fn push(scene: &Scene, image: &Image, repository: &str) -> Result<String> {
+    let registry = scene.registry.as_ref().context("a private scene has a registry")?;
+    registry.push(&scene.network, image, repository, "1")
+}
