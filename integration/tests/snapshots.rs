@@ -17,6 +17,7 @@ use lab::process::{self, Daemon, wait_for};
 use lab::sandbox::{Run, run_test};
 use lab::scene::Scene;
 use lab::tools::{Tools, target, workspace};
+use snapshotter::containerd::connection::Connection;
 use snapshotter::containerd::content::ContentStore;
 
 const FIXTURE: &str = env!("CARGO_BIN_EXE_snapshots_fixture");
@@ -95,7 +96,7 @@ fn ordinary(run: &Run) -> Result<()> {
     let digest = image.manifest.digest.parse()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let store = ContentStore::connect(containerd_socket);
+        let store = ContentStore::new(&Connection::new(containerd_socket));
         let info = store.info("default", digest).await?.context("the manifest is there")?;
         ensure!(info.size == image.manifest.size, "{info:?}");
         ensure!(info.labels.keys().any(|label| label.starts_with("containerd.io/distribution.source.")), "{info:?}");
