@@ -2,12 +2,14 @@
 
 pub mod path;
 mod stack;
+mod usage;
 pub(crate) mod xattr;
 
 use std::collections::BTreeMap;
 
 pub(crate) use self::stack::attributes_of;
 pub use self::stack::{DirectoryAttributes, LowerDirectories, Stack};
+pub use self::usage::Unpacked;
 use crate::entry::{Entry, Kind, Mtime};
 
 /// Most entries of a layer; one with more is declined. The largest images seen have some 300 000.
