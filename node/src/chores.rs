@@ -1,4 +1,4 @@
-//! What the store does beside reads: syncing what came, comparing complete devices with their diffID.
+//! What the store does beside reads: syncing what came, comparing complete devices with their diffID, evicting.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -8,12 +8,14 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use swarm::LayerKey;
+use tokio_util::sync::CancellationToken;
 
 use crate::driver::{Inbox, Layers};
+use crate::evict::Evictor;
 use crate::layer::Layer;
 use crate::node::Incoming;
 use crate::reader::ReadError;
-use crate::store::Proof;
+use crate::store::{Proof, Room};
 
 /// How long what came is collected before it is synced: a crash forgets at most so much.
 const SYNC_PAUSE: Duration = Duration::from_millis(100);
@@ -32,10 +34,22 @@ pub(crate) type Arriving = Arc<Mutex<Vec<Weak<Incoming>>>>;
 pub(crate) struct Chores {
     sync: Option<JoinHandle<()>>,
     prove: Option<JoinHandle<()>>,
+    evict: Option<JoinHandle<()>>,
+    room: Arc<Room>,
+    stop: CancellationToken,
 }
 
 impl Chores {
-    pub(crate) fn start(layers: Layers, arriving: Arriving, inbox: Arc<Inbox>) -> std::io::Result<Self> {
+    /// Starts them. Sources are probed on the current runtime.
+    pub(crate) fn start(
+        layers: Layers,
+        arriving: Arriving,
+        inbox: Arc<Inbox>,
+        room: Arc<Room>,
+    ) -> std::io::Result<Self> {
+        let stop = CancellationToken::new();
+        let evictor = Evictor::new(layers.clone(), room.clone(), inbox.clone(), stop.clone());
+        let evict = thread::Builder::new().name("evict".into()).spawn(move || evictor.run())?;
         let (proofs, to_prove) = mpsc::channel();
         let prove = {
             let inbox = inbox.clone();
@@ -43,12 +57,14 @@ impl Chores {
         };
         let sync =
             thread::Builder::new().name("sync".into()).spawn(move || sync_all(&layers, &arriving, &inbox, &proofs))?;
-        Ok(Self { sync: Some(sync), prove: Some(prove) })
+        Ok(Self { sync: Some(sync), prove: Some(prove), evict: Some(evict), room, stop })
     }
 
     /// Waits for the threads after [`Inbox::stop`].
     pub(crate) fn join(&mut self) {
-        for thread in [self.sync.take(), self.prove.take()].into_iter().flatten() {
+        self.room.stop();
+        self.stop.cancel();
+        for thread in [self.sync.take(), self.prove.take(), self.evict.take()].into_iter().flatten() {
             // The last owner of the node may be one of these threads.
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();

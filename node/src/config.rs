@@ -164,6 +164,72 @@ pub struct RegistryConfig {
     pub docker_config: Option<PathBuf>,
 }
 
+/// How much of the disk is used for what can be fetched again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Most that is kept; 0: as much as [`CacheConfig::keep_free`] leaves.
+    pub size: DiskShare,
+    /// What stays free on the file system, whoever uses the rest.
+    pub keep_free: DiskShare,
+}
+
+impl Default for CacheConfig {
+    /// No size; 5 % stay free.
+    fn default() -> Self {
+        Self { size: DiskShare::Bytes(0), keep_free: DiskShare::Percent(5) }
+    }
+}
+
+/// Bytes of a file system, written as a size (`"20GiB"`) or as a share of all that it has (`"5%"`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskShare {
+    /// Bytes.
+    Bytes(u64),
+    /// Hundredths, at most 100.
+    Percent(u8),
+}
+
+impl DiskShare {
+    /// Bytes, on a file system of `total` bytes.
+    pub fn of(self, total: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => total / 100 * u64::from(percent),
+        }
+    }
+}
+
+impl std::str::FromStr for DiskShare {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is neither a size like \"20GiB\" nor a share like \"5%\"");
+        match text.strip_suffix('%') {
+            Some(percent) => {
+                let percent = percent.trim().parse().ok().filter(|percent| *percent <= 100);
+                Ok(Self::Percent(percent.ok_or_else(wrong)?))
+            }
+            None => Ok(Self::Bytes(text.parse::<ByteSize>().map_err(|_| wrong())?.as_u64())),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for DiskShare {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for DiskShare {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Bytes(bytes) => serializer.serialize_str(&format!("{bytes}B")),
+            Self::Percent(percent) => serializer.serialize_str(&format!("{percent}%")),
+        }
+    }
+}
+
 /// Where the seeders are: each `host:port`, tried in order. A host name may resolve to several seeders.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
@@ -255,6 +321,18 @@ mod tests {
         named("security = \"off\"\nlimits = 3", "limits");
         named("security = \"off\"\nseeders = [\"host\"]", "host:port");
         named("security = \"off\"\n[registries.\"r:5000\"]\nplain = true", "plain");
+    }
+
+    #[test]
+    fn shares_of_a_disk_are_sizes_or_percents() {
+        assert_eq!("20GiB".parse(), Ok(DiskShare::Bytes(20 << 30)));
+        assert_eq!("0B".parse(), Ok(DiskShare::Bytes(0)));
+        assert_eq!("5%".parse(), Ok(DiskShare::Percent(5)));
+        assert_eq!(DiskShare::Percent(5).of(1000), 50);
+        for wrong in ["101%", "-1%", "%", "much", ""] {
+            let error = wrong.parse::<DiskShare>().unwrap_err();
+            assert!(error.contains("5%"), "{error}");
+        }
     }
 
     #[test]

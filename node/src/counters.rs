@@ -19,6 +19,7 @@ pub(crate) struct Counters {
     pub(crate) duplicate_chunks: Counter,
     pub(crate) unstored_chunks: Counter,
     pub(crate) rotten_chunks: Counter,
+    pub(crate) evicted_bytes: Counter,
     pub(crate) hedges: Counter,
     pub(crate) reads_here: Counter,
     pub(crate) reads_waited: Counter,
@@ -57,6 +58,8 @@ pub struct CounterValues {
     pub unstored_chunks: u64,
     /// Chunks that were lost or damaged on disk.
     pub rotten_chunks: u64,
+    /// Bytes that were evicted.
+    pub evicted_bytes: u64,
     /// Fetches that asked a second source.
     pub hedges: u64,
     /// Reads that were answered from the store.
@@ -135,6 +138,7 @@ impl Counters {
             duplicate_chunks: self.duplicate_chunks.get(),
             unstored_chunks: self.unstored_chunks.get(),
             rotten_chunks: self.rotten_chunks.get(),
+            evicted_bytes: self.evicted_bytes.get(),
             hedges: self.hedges.get(),
             reads_here: self.reads_here.get(),
             reads_waited: self.reads_waited.get(),

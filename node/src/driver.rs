@@ -353,11 +353,15 @@ impl ChunkSink for Sink {
             counters.add(|counters| &counters.wrong_chunks, 1);
             tracing::warn!(layer = %self.layer.diff_id(), %chunk, kind = ?self.kind, "a source sent a wrong chunk");
             Verdict::Wrong
-        } else if self.layer.take_chunk(chunk.0, plain) {
-            counters.chunk(self.kind, plain.len());
-            Verdict::Verified
         } else {
-            counters.add(|counters| &counters.duplicate_chunks, 1);
+            if matches!(self.kind, SourceKind::Seeder | SourceKind::Registry) {
+                self.layer.note_answer();
+            }
+            if self.layer.take_chunk(chunk.0, plain) {
+                counters.chunk(self.kind, plain.len());
+            } else {
+                counters.add(|counters| &counters.duplicate_chunks, 1);
+            }
             Verdict::Verified
         };
         self.inbox.push(Event::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });

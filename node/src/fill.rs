@@ -8,6 +8,7 @@ use std::time::Duration;
 use swarm::{LayerKey, Priority, Swarm};
 
 use crate::layer::Layer;
+use crate::store::Room;
 
 /// Bytes of background wants that a layer may have open: enough for the runs in flight, little enough that a new layer
 /// gets its turn soon.
@@ -20,12 +21,16 @@ const BURST: u64 = 4 << 20;
 /// to read. On a link of 200 Mbit/s each second of filling too early would cost that container 25 MB.
 const SETTLE: Duration = Duration::from_secs(3);
 
+/// When there was no room it is looked at again after so long: others may have freed some.
+const NO_ROOM_PAUSE: Duration = Duration::from_secs(30);
+
 /// Keeps background wants open for the layers that are filling.
 #[derive(Debug)]
 pub(crate) struct Fill {
     layers: BTreeMap<LayerKey, Filling>,
     paused: Arc<AtomicBool>,
     rate: Option<Rate>,
+    room: Arc<Room>,
 }
 
 #[derive(Debug)]
@@ -45,14 +50,15 @@ struct Rate {
 }
 
 impl Fill {
-    /// `bytes_per_sec` counts plain bytes; `None`: as fast as sources give while nobody else needs them.
-    pub(crate) fn new(paused: Arc<AtomicBool>, bytes_per_sec: Option<u64>) -> Self {
+    /// `bytes_per_sec` counts plain bytes; `None`: as fast as sources give while nobody else needs them. Ends where
+    /// `room` has no slack, so that nothing has to go for it.
+    pub(crate) fn new(paused: Arc<AtomicBool>, bytes_per_sec: Option<u64>, room: Arc<Room>) -> Self {
         let rate = bytes_per_sec.map(|bytes_per_sec| Rate {
             bytes_per_sec: bytes_per_sec.max(1),
             saved: BURST,
             at: Duration::ZERO,
         });
-        Self { layers: BTreeMap::new(), paused, rate }
+        Self { layers: BTreeMap::new(), paused, rate, room }
     }
 
     /// The layer may have begun or ceased to fill.
@@ -78,6 +84,8 @@ impl Fill {
             rate.fill_up(now);
         }
         let mut settled = None;
+        let open: u64 = self.layers.keys().map(|key| swarm.background_bytes(*key)).sum();
+        let mut slack = self.room.slack().saturating_sub(open);
         for (key, filling) in &mut self.layers {
             let settles = *filling.since.get_or_insert(now) + SETTLE;
             if now < settles {
@@ -95,7 +103,11 @@ impl Fill {
                     }
                     break;
                 };
-                let mut bytes = WINDOW - open;
+                if slack < geometry.chunk_size() {
+                    self.room.look();
+                    return Some(now + NO_ROOM_PAUSE);
+                }
+                let mut bytes = (WINDOW - open).min(slack);
                 if let Some(rate) = &mut self.rate {
                     if rate.saved < geometry.chunk_size() {
                         return Some(now + rate.until(geometry.chunk_size()));
@@ -109,6 +121,7 @@ impl Fill {
                     rate.saved = rate.saved.saturating_sub(bytes);
                 }
                 open += bytes;
+                slack = slack.saturating_sub(bytes);
                 filling.next = run.end;
                 swarm.want(now, *key, run, Priority::Background, Duration::MAX);
             }

@@ -6,13 +6,13 @@ use std::future::Future;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use layer::index::{Header, Section, Spans, parse_entries};
-use layer::tree::Tree;
+use layer::tree::{Tree, Unpacked};
 use layer::{ChunkIndex, Digest, Geometry};
 use parking_lot::Mutex;
 use swarm::{LayerKey, SourceId};
@@ -23,7 +23,7 @@ use crate::counters::{CounterValues, Counters};
 use crate::driver::Inbox;
 use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits};
 use crate::source::Source;
-use crate::store::{Added, LayerStore, StoreError};
+use crate::store::{Added, Held, LayerStore, StoreError, Unstored};
 
 /// How often a read starts again when its chunks came and were lost before it could read them.
 const ATTEMPTS_MAX: u32 = 3;
@@ -44,7 +44,13 @@ pub struct Layer {
     ahead: Mutex<Vec<Range<u32>>>,
     sources: Mutex<Sources>,
     filling: AtomicBool,
+    mounted: AtomicBool,
     complete: AtomicBool,
+    /// When a seeder or a registry gave a right chunk last, in the room's time; 0: never.
+    answered: AtomicU32,
+    /// When somebody asked last to mount it, in the room's time.
+    wanted: AtomicU32,
+    unpacked: OnceLock<Unpacked>,
     counters: Counters,
     inbox: Arc<Inbox>,
     logged_unstored: Mutex<Option<Instant>>,
@@ -78,6 +84,7 @@ impl Layer {
         if let Some(reason) = store.quarantined() {
             waits.close(ReadError::Quarantined(reason));
         }
+        let now = store.room().now();
         Arc::new(Self {
             complete: AtomicBool::new(store.is_complete()),
             store,
@@ -86,6 +93,10 @@ impl Layer {
             ahead: Mutex::default(),
             sources: Mutex::default(),
             filling: AtomicBool::new(false),
+            mounted: AtomicBool::new(false),
+            answered: AtomicU32::new(0),
+            wanted: AtomicU32::new(now),
+            unpacked: OnceLock::new(),
             counters: Counters::of_layer(node),
             inbox,
             logged_unstored: Mutex::default(),
@@ -122,6 +133,25 @@ impl Layer {
     pub fn tree(&self) -> Result<Tree, StoreError> {
         let bytes = self.store.section(Section::Entries)?.ok_or_else(|| self.missing(Section::Entries))?;
         Ok(parse_entries(self.header(), &bytes)?)
+    }
+
+    /// What the layer would take if it were unpacked. Parses its entries at the first call.
+    pub fn unpacked(&self) -> Result<Unpacked, StoreError> {
+        if let Some(unpacked) = self.unpacked.get() {
+            return Ok(*unpacked);
+        }
+        let unpacked = self.tree()?.unpacked();
+        Ok(*self.unpacked.get_or_init(|| unpacked))
+    }
+
+    /// How long nobody has asked for the layer to be mounted.
+    pub fn idle(&self) -> Duration {
+        self.store.room().since(self.wanted.load(Ordering::Relaxed))
+    }
+
+    /// Somebody is about to mount the layer.
+    pub(crate) fn note_wanted(&self) {
+        self.wanted.store(self.store.room().now(), Ordering::Relaxed);
     }
 
     /// The encoded bytes of a section, to pass them on; `None` where it is not here.
@@ -206,12 +236,40 @@ impl Layer {
         self.inbox.touch(self.key());
     }
 
+    /// Whether containers may read the layer: then nothing of it is evicted that nobody else gives. On for layers that were on
+    /// disk when the node was opened, off for new ones.
+    pub fn set_mounted(&self, mounted: bool) {
+        self.mounted.store(mounted, Ordering::Release);
+    }
+
+    /// Keeps the whole device on disk for `holder`, who is about to read its file without Drover in between; `false`: the
+    /// device is not complete and proven, or too much of the cache is kept whole already. Holds over restarts of the process, until [`Layer::unpin`] or the machine's next
+    /// start. Blocks for the disk.
+    pub fn pin(&self, holder: &str) -> Result<bool, StoreError> {
+        if self.is_proven() { self.store.pin(holder) } else { Ok(false) }
+    }
+
+    /// The same for who reads the file already, in whatever state it is.
+    pub fn pin_anyway(&self, holder: &str) -> Result<(), StoreError> {
+        self.store.pin_anyway(holder)
+    }
+
+    /// `holder` does not read the file any more. Gives whether it did. Blocks for the disk.
+    pub fn unpin(&self, holder: &str) -> Result<bool, StoreError> {
+        self.store.unpin(holder)
+    }
+
+    /// Bytes that the device takes on the disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.store.disk_bytes()
+    }
+
     /// Reads `range`, cut at the end of the device, in place of what `buf` has, if all of it is here. Never waits for the
     /// network; blocks for the disk. `None`: not all is here, or the layer is quarantined. The disk's errors are not seen: what
     /// cannot be read is missing.
     pub fn read_now(&self, range: Range<u64>, buf: &mut Vec<u8>) -> Option<io::Result<()>> {
         let range = self.clamp(range);
-        let is_here = self.read_here(&range, buf);
+        let is_here = self.read_here(&range, &[], buf);
         if is_here {
             self.counters.add(|counters| &counters.reads_here, 1);
             self.observe(&range);
@@ -315,25 +373,28 @@ impl Layer {
 
     /// Stores a chunk whose digest was checked and wakes who waits for it. Gives whether it was missing.
     pub(crate) fn take_chunk(self: &Arc<Self>, chunk: u32, plain: &[u8]) -> bool {
-        let is_new = match self.store.add(chunk, plain) {
-            Added::Known => false,
+        let (is_new, held) = match self.store.add(chunk, plain) {
+            Added::Known => (false, None),
             Added::Written => {
                 self.inbox.needs_flush(self.key());
-                true
+                (true, None)
             }
-            Added::Unstored(error) => {
+            Added::Unstored(reason, held) => {
                 self.counters.add(|counters| &counters.unstored_chunks, 1);
-                if is_time(&self.logged_unstored) {
+                // That there is no room is said by the evictor, who knows why.
+                if let Unstored::Disk(error) = reason
+                    && is_time(&self.logged_unstored)
+                {
                     tracing::warn!(layer = %self.diff_id(), %error, "cannot store chunks: reads go on, but each fetches its chunks again");
                 }
-                true
+                (true, held)
             }
         };
         if self.store.is_complete() && !self.complete.swap(true, Ordering::AcqRel) {
             tracing::info!(layer = %self.diff_id(), "complete");
             self.inbox.needs_flush(self.key());
         }
-        let ready = self.waits.arrived(chunk, |chunk| self.store.is_here(chunk));
+        let ready = self.waits.arrived(chunk, held.as_ref(), |chunk| self.store.is_here(chunk));
         self.answer(ready);
         is_new
     }
@@ -356,6 +417,28 @@ impl Layer {
         self.inbox.touch(self.key());
     }
 
+    /// Whether containers may read the layer.
+    pub(crate) fn is_mounted(&self) -> bool {
+        self.mounted.load(Ordering::Acquire)
+    }
+
+    /// A seeder or a registry gave a right chunk.
+    pub(crate) fn note_answer(&self) {
+        self.answered.store(self.store.room().now(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn was_answered_within(&self, age: Duration) -> bool {
+        let answered = self.answered.load(Ordering::Relaxed);
+        answered > 0 && self.store.room().since(answered) <= age
+    }
+
+    /// The store took chunks off the disk.
+    pub(crate) fn note_evicted(&self, bytes: u64) {
+        self.counters.add(|counters| &counters.evicted_bytes, bytes);
+        self.complete.store(self.store.is_complete(), Ordering::Release);
+        self.inbox.touch(self.key());
+    }
+
     /// The store lost chunks.
     pub(crate) fn note_loss(&self) {
         self.complete.store(self.store.is_complete(), Ordering::Release);
@@ -371,7 +454,7 @@ impl Layer {
     fn enter(self: &Arc<Self>, mut read: Waiting) -> WaitHandle {
         let mut buf = Vec::new();
         loop {
-            if self.read_here(&read.range, &mut buf) {
+            if self.read_here(&read.range, &read.held, &mut buf) {
                 self.finish(read, Bytes::from(buf));
                 return WaitHandle { wait: None };
             }
@@ -380,7 +463,8 @@ impl Layer {
                 self.fail(vec![read], ReadError::Quarantined(reason));
                 return WaitHandle { wait: None };
             }
-            if read.attempts >= ATTEMPTS_MAX {
+            // Chunks that are not stored may be gone any number of times; the chunk's deadline ends that.
+            if read.attempts >= ATTEMPTS_MAX && !self.store.room().is_refusing() {
                 self.fail(vec![read], ReadError::Io);
                 return WaitHandle { wait: None };
             }
@@ -426,8 +510,8 @@ impl Layer {
         }
     }
 
-    fn read_here(&self, range: &Range<u64>, buf: &mut Vec<u8>) -> bool {
-        let is_here = !self.store.is_quarantined() && self.store.read(range, buf);
+    fn read_here(&self, range: &Range<u64>, held: &[Held], buf: &mut Vec<u8>) -> bool {
+        let is_here = !self.store.is_quarantined() && self.store.read(range, held, buf);
         if !is_here && self.store.faults().rotten.load(Ordering::Relaxed) > 0 {
             self.note_loss();
         }

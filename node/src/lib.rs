@@ -5,6 +5,7 @@ pub mod config;
 pub mod counters;
 mod cutter;
 mod driver;
+mod evict;
 mod fill;
 pub mod ingest;
 pub mod layer;
@@ -19,4 +20,4 @@ pub mod source;
 pub mod span_pass;
 pub mod store;
 
-pub use node::{Incoming, Node, NodeConfig};
+pub use node::{DiskUse, Incoming, Node, NodeConfig};

@@ -14,6 +14,7 @@ use swarm::{LayerKey, Swarm};
 use tokio::time::Instant;
 
 use crate::chores::{Arriving, Chores};
+use crate::config::CacheConfig;
 use crate::counters::{CounterValues, Counters};
 use crate::driver::{Driver, Inbox, Layers};
 use crate::fill::Fill;
@@ -26,6 +27,8 @@ use crate::store::{Backend, BrokenLayer, Disk, IncomingStore, LayerParts, Prepar
 pub struct NodeConfig {
     /// Directory of the store. Its parent must exist; other files may be in it.
     pub root: PathBuf,
+    /// How much of the disk the devices may take.
+    pub cache: CacheConfig,
     /// How long a read waits for a chunk before it fails.
     pub read_deadline: Duration,
     /// Whether layers that are filling ([`Layer::set_filling`]) are fetched whole in the background.
@@ -46,6 +49,7 @@ impl NodeConfig {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
+            cache: CacheConfig::default(),
             read_deadline: Duration::from_secs(30),
             fill: true,
             fill_rate: 0,
@@ -81,6 +85,17 @@ pub struct Incoming {
     inbox: Arc<Inbox>,
 }
 
+/// What devices take on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskUse {
+    /// Bytes of all devices, arriving ones included.
+    pub taken: u64,
+    /// Most that they may take now; `u64::MAX` without a limit.
+    pub limit: u64,
+    /// What they may still take: what is left of the limit, and no more than the file system has.
+    pub free: u64,
+}
+
 /// A number that no layer has.
 const NO_LAYER: LayerKey = LayerKey(0);
 
@@ -103,7 +118,7 @@ impl Node {
         config: NodeConfig,
         boot_id: &str,
     ) -> Result<Arc<Self>, StoreError> {
-        let (store, found) = Store::open(backend, &config.root, boot_id)?;
+        let (store, found) = Store::open(backend, &config.root, boot_id, &config.cache)?;
         for broken in &found.broken {
             tracing::error!(layer = broken.name, error = %broken.error, "a layer cannot be opened; the others are not affected");
         }
@@ -119,10 +134,12 @@ impl Node {
         let layers: Layers = Arc::default();
         for store in found.layers {
             let layer = Layer::new(store, read_options, counters.clone(), inbox.clone());
+            // Until its owner says otherwise: a snapshot may stand on it.
+            layer.set_mounted(true);
             layers.lock().insert(layer.key(), layer);
         }
         let arriving = Arriving::default();
-        let chores = Chores::start(layers.clone(), arriving.clone(), inbox.clone())
+        let chores = Chores::start(layers.clone(), arriving.clone(), inbox.clone(), store.room().clone())
             .map_err(StoreError::io("start the threads of", &config.root))?;
         let fill_paused = Arc::new(AtomicBool::new(!config.fill));
         let rate = Some(config.fill_rate).filter(|rate| *rate > 0);
@@ -130,7 +147,7 @@ impl Node {
             layers: layers.clone(),
             inbox: inbox.clone(),
             swarm: Swarm::new(config.swarm, seed()),
-            fill: Fill::new(fill_paused.clone(), rate),
+            fill: Fill::new(fill_paused.clone(), rate, store.room().clone()),
             read_deadline: config.read_deadline,
             epoch: Instant::now(),
             known: BTreeMap::new(),
@@ -186,6 +203,13 @@ impl Node {
     /// What all layers counted together, removed ones included, since the node was opened.
     pub fn counters(&self) -> CounterValues {
         self.counters.values()
+    }
+
+    /// What the devices take and may take, in bytes.
+    pub fn disk_use(&self) -> DiskUse {
+        let room = self.store.room();
+        room.look();
+        DiskUse { taken: room.taken(), limit: room.limit(), free: room.free() }
     }
 
     /// Stops or continues the background.
@@ -343,3 +367,6 @@ fn seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish()
 }
+
+#[cfg(test)]
+mod tests;

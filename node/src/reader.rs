@@ -11,6 +11,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::store::Held;
+
 /// Called once with the outcome of a read, on any thread; must not block for long.
 pub type OnDone = Box<dyn FnOnce(Result<Bytes, ReadError>) + Send>;
 
@@ -66,6 +68,8 @@ pub(crate) struct Waiting {
     pub(crate) since: Instant,
     /// How often its chunks came and were gone again.
     pub(crate) attempts: u32,
+    /// Chunks that came for it and were not stored.
+    pub(crate) held: Vec<Held>,
     pub(crate) on_done: OnDone,
 }
 
@@ -87,7 +91,7 @@ impl std::fmt::Debug for Waiting {
 
 impl Waiting {
     pub(crate) fn new(range: Range<u64>, chunks: Range<u32>, since: Instant, on_done: OnDone) -> Self {
-        Self { range, chunks, missing: 0, id: None, since, attempts: 0, on_done }
+        Self { range, chunks, missing: 0, id: None, since, attempts: 0, held: Vec::new(), on_done }
     }
 }
 
@@ -121,14 +125,16 @@ impl Waits {
         Enter::Waits(id)
     }
 
-    /// A chunk is here now: gives the reads that waited for nothing else.
-    pub(crate) fn arrived(&self, chunk: u32, is_here: impl Fn(u32) -> bool) -> Vec<Waiting> {
+    /// A chunk is here now, or was at least given: gives the reads that waited for nothing else. `held` has its bytes where it
+    /// was not stored; those reads keep them.
+    pub(crate) fn arrived(&self, chunk: u32, held: Option<&Held>, is_here: impl Fn(u32) -> bool) -> Vec<Waiting> {
         let mut state = self.state.lock();
         let Some(waiting) = state.chunks.remove(&chunk) else { return Vec::new() };
         let mut ready = Vec::new();
         for id in waiting {
             let Some(read) = state.reads.get_mut(&id) else { continue };
             read.missing -= 1;
+            read.held.extend(held.cloned());
             if read.missing == 0 {
                 ready.extend(state.reads.remove(&id));
             }
@@ -187,7 +193,9 @@ impl Waits {
 impl State {
     fn wait_for_missing(&mut self, id: u64, read: &mut Waiting, is_here: impl Fn(u32) -> bool) -> bool {
         read.missing = 0;
-        for chunk in read.chunks.clone().filter(|chunk| !is_here(*chunk)) {
+        let is_held = |chunk: u32| read.held.iter().any(|held| held.chunk() == chunk);
+        let missing: Vec<u32> = read.chunks.clone().filter(|chunk| !is_held(*chunk) && !is_here(*chunk)).collect();
+        for chunk in missing {
             read.missing += 1;
             let waiting = self.chunks.entry(chunk).or_default();
             if waiting.is_empty() {
@@ -321,8 +329,8 @@ mod tests {
         let Enter::Waits(a) = waits.enter(read(5..25), |chunk| chunk == 1) else { panic!() };
         let Enter::Waits(_) = waits.enter(read(0..10), |_| false) else { panic!() };
         assert_eq!(changed(&waits), [(0, true), (2, true)]);
-        assert_eq!(waits.arrived(0, |_| false).len(), 1);
-        assert_eq!(waits.arrived(1, |_| false).len(), 0);
+        assert_eq!(waits.arrived(0, None, |_| false).len(), 1);
+        assert_eq!(waits.arrived(1, None, |_| false).len(), 0);
         assert!(waits.cancel(a, |_| false).0.is_some());
         assert!(waits.cancel(a, |_| false).0.is_none());
         assert_eq!(changed(&waits), [(2, false)]);
@@ -337,7 +345,7 @@ mod tests {
         }
         assert_eq!(changed(&waits), [(0, true), (1, true)]);
         // One leaves, so the next in line enters; the one behind it is here by now.
-        assert_eq!(waits.arrived(0, |chunk| chunk == 2).len(), 2);
+        assert_eq!(waits.arrived(0, None, |chunk| chunk == 2).len(), 2);
         assert_eq!(changed(&waits), [(3, true)]);
         let (failed, ready) = waits.failed(1, |_| false);
         assert_eq!((failed.len(), ready.len()), (1, 0));

@@ -215,7 +215,9 @@ impl Resolver {
     }
 
     fn local(&self, blob: Digest) -> Option<Arc<Layer>> {
-        self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none())
+        let layer = self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none())?;
+        layer.note_wanted();
+        Some(layer)
     }
 
     fn gate(&self, blob: Digest) -> Arc<tokio::sync::Mutex<()>> {

@@ -27,8 +27,20 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Makes what was made, renamed and removed in a directory durable.
     fn sync_directory(&self, path: &Path) -> io::Result<()>;
 
+    /// How large the file system of `path` is, and how much of it can still be written.
+    fn space(&self, path: &Path) -> io::Result<Space>;
+
     /// Keeps other processes from using this directory until the guard is dropped.
     fn lock(&self, directory: &Path) -> io::Result<Box<dyn Debug + Send + Sync>>;
+}
+
+/// Bytes of a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// All that it has.
+    pub total: u64,
+    /// What an unprivileged process may still write.
+    pub free: u64,
 }
 
 /// An open file.
@@ -49,6 +61,12 @@ pub trait File: Debug + Send + Sync + 'static {
 
     /// Bytes of the file, holes included.
     fn size(&self) -> io::Result<u64>;
+
+    /// Bytes that the file takes on the disk (`st_blocks`); holes take none.
+    fn allocated(&self) -> io::Result<u64>;
+
+    /// Makes a hole of the range, which may end behind the file: it takes no disk any more and reads as zeros.
+    fn punch(&self, range: Range<u64>) -> io::Result<()>;
 
     /// Makes what was written durable (`fdatasync`).
     fn sync(&self) -> io::Result<()>;
@@ -84,4 +102,9 @@ pub(crate) fn replace_file(backend: &dyn Backend, directory: &Path, name: &str, 
     write_file(backend, &temporary, bytes)?;
     backend.rename(&temporary, &directory.join(name))?;
     backend.sync_directory(directory)
+}
+
+/// Whether a write failed because there is no room on the disk for it.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

@@ -5,17 +5,17 @@ use std::fmt::Debug;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use rustix::fs::{Advice, FlockOperation, fadvise, flock};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock, statvfs};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::backend::{Backend, File};
+use super::backend::{Backend, File, Space};
 
 /// `RWF_DONTCACHE` (include/uapi/linux/fs.h, since Linux 6.14): what a read brings into the page cache leaves with it.
 const RWF_DONTCACHE: u32 = 0x80;
@@ -69,6 +69,12 @@ impl Backend for Disk {
 
     fn sync_directory(&self, path: &Path) -> io::Result<()> {
         fs::File::open(path)?.sync_all()
+    }
+
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        let stat = statvfs(path)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+        Ok(Space { total: bytes(stat.f_blocks), free: bytes(stat.f_bavail) })
     }
 
     fn lock(&self, directory: &Path) -> io::Result<Box<dyn Debug + Send + Sync>> {
@@ -129,6 +135,15 @@ impl File for DiskFile {
         Ok(self.file.metadata()?.len())
     }
 
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(&self.file, flags, range.start, range.end.saturating_sub(range.start))?)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -159,6 +174,25 @@ mod tests {
         file.read_at(&mut again, 2500).unwrap();
         assert_eq!(out, again);
         assert!(file.read_once_at(&mut out, (1 << 20) - 10).is_err());
+    }
+
+    #[test]
+    fn a_hole_takes_no_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = Disk.open(&directory.path().join("f"), true).unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert_eq!(file.allocated().unwrap(), 0);
+        file.write_at(&[7; 1 << 16], 1 << 17).unwrap();
+        file.sync().unwrap();
+        assert_eq!(file.allocated().unwrap(), 1 << 16);
+        file.punch((1 << 17)..(1 << 17) + 8192).unwrap();
+        assert_eq!(file.allocated().unwrap(), (1 << 16) - 8192);
+        let mut out = [1; 3];
+        file.read_at(&mut out, (1 << 17) + 8191).unwrap();
+        assert_eq!(out, [0, 7, 7]);
+        assert_eq!(file.size().unwrap(), 1 << 20);
+        let space = Disk.space(directory.path()).unwrap();
+        assert!(space.free > 0 && space.free <= space.total);
     }
 
     #[test]

@@ -4,29 +4,33 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::layer::chunk::CHUNK_LOG2_RANGE;
 use ::layer::{ChunkDigest, ChunkIndex};
 use parking_lot::Mutex;
 
-use super::backend::{Backend, File};
-use super::{StoreError, layer::DEVICE};
+use super::backend::{File, is_full};
+use super::{Site, StoreError, layer::DEVICE};
 
 /// Chunks and their digests. Nothing is believed of them: only those that turn out to be in the index are used.
 #[derive(Debug)]
 pub(crate) struct IncomingStore {
-    backend: Arc<dyn Backend>,
+    site: Arc<Site>,
     directory: PathBuf,
     device: Arc<dyn File>,
     chunk_log2: u8,
     chunks: Mutex<BTreeMap<u32, Arrived>>,
+    /// What is taken of the room for the device.
+    charged: AtomicU64,
 }
 
 impl Drop for IncomingStore {
     fn drop(&mut self) {
         // Where it became a layer, nothing has this name any more. What cannot be removed now is removed when the store is
         // opened next.
-        let _ = self.backend.remove(&self.directory);
+        let _ = self.site.backend.remove(&self.directory);
+        self.hand_over();
     }
 }
 
@@ -38,18 +42,30 @@ pub(crate) struct Arrived {
 }
 
 impl IncomingStore {
-    pub(super) fn create(backend: Arc<dyn Backend>, directory: &Path, chunk_log2: u8) -> Result<Self, StoreError> {
+    pub(super) fn create(site: Arc<Site>, directory: &Path, chunk_log2: u8) -> Result<Self, StoreError> {
         let path = directory.join(DEVICE);
         if !CHUNK_LOG2_RANGE.contains(&chunk_log2) {
             let source = io::Error::new(io::ErrorKind::InvalidInput, format!("chunk size 2^{chunk_log2}"));
             return Err(StoreError::Io { action: "cut", path, source });
         }
-        let device = backend.open(&path, true).map_err(StoreError::io("create", &path))?;
-        Ok(Self { backend, directory: directory.to_owned(), device, chunk_log2, chunks: Mutex::default() })
+        let device = site.backend.open(&path, true).map_err(StoreError::io("create", &path))?;
+        let (chunks, charged) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Self { site, directory: directory.to_owned(), device, chunk_log2, chunks, charged })
     }
 
     /// Writes a chunk. All but the last chunk of a device have the full size; which is the last shows only later.
+    /// Waits a little where there is no room.
     pub(crate) fn write(&self, chunk: ChunkIndex, plain: &[u8]) -> io::Result<()> {
+        match self.write_now(chunk, plain) {
+            Err(error) if is_full(&error) && self.site.room.wait_for(plain.len() as u64) => {
+                self.write_now(chunk, plain)
+            }
+            written => written,
+        }
+    }
+
+    /// The same without waiting.
+    pub(crate) fn write_now(&self, chunk: ChunkIndex, plain: &[u8]) -> io::Result<()> {
         if plain.is_empty() || plain.len() > 1 << self.chunk_log2 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a chunk of {} bytes", plain.len())));
         }
@@ -58,10 +74,25 @@ impl IncomingStore {
         if self.chunks.lock().get(&chunk.0) == Some(&arrived) {
             return Ok(());
         }
-        self.chunks.lock().remove(&chunk.0);
-        self.device.write_at(plain, u64::from(chunk.0) << self.chunk_log2)?;
+        let room = &self.site.room;
+        let is_new = self.chunks.lock().remove(&chunk.0).is_none();
+        let bytes = if is_new { (plain.len() as u64).next_multiple_of(4096) } else { 0 };
+        if bytes > 0 && !room.take(bytes) {
+            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "there is no room in the cache"));
+        }
+        if let Err(error) = self.device.write_at(plain, u64::from(chunk.0) << self.chunk_log2) {
+            room.give_back(bytes);
+            room.note_failure(&error);
+            return Err(error);
+        }
+        self.charged.fetch_add(bytes, Ordering::Relaxed);
         self.chunks.lock().insert(chunk.0, arrived);
         Ok(())
+    }
+
+    /// The device is charged to somebody else from here on, or gone.
+    pub(super) fn hand_over(&self) {
+        self.site.room.give_back(self.charged.swap(0, Ordering::Relaxed));
     }
 
     /// Starts writing back, so that little is left to do once the layer is complete.

@@ -1,21 +1,26 @@
 //! One layer on disk.
 
-use std::collections::VecDeque;
+mod evict;
+
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use ::layer::index::{ChunkDigests, HEADER_LEN, Header, Section, check_section};
 use ::layer::{ChunkIndex, Digest, Geometry};
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use sha2::{Digest as _, Sha256};
 
-use super::backend::{Backend, File, read_file, replace_file, write_file};
+pub(crate) use self::evict::Unit;
+use self::evict::{Uses, read_pins, unit_of, units};
+use super::backend::{File, read_file, replace_file, write_file};
 use super::have::{BITS_OFFSET, Bitmap, Have, NewerVersion};
-use super::{IncomingStore, LayerParts, SMALL_FILE_MAX, StoreError};
+use super::room::{MemoryPlace, Room};
+use super::{IncomingStore, LayerParts, SMALL_FILE_MAX, Site, StoreError};
 
 pub(super) const DEVICE: &str = "device";
 const IDENTITY: &str = "identity";
@@ -33,7 +38,7 @@ const PROVE_READ: u64 = 1 << 20;
 /// A layer's index, its device and which chunks of it are here.
 #[derive(Debug)]
 pub(crate) struct LayerStore {
-    backend: Arc<dyn Backend>,
+    site: Arc<Site>,
     directory: PathBuf,
     number: u64,
     header: Header,
@@ -48,12 +53,48 @@ pub(crate) struct LayerStore {
     unsynced: Mutex<Unsynced>,
     /// Locked before `unsynced`.
     on_disk: Mutex<OnDisk>,
-    unstored: Mutex<VecDeque<(u32, Bytes)>>,
+    unstored: Mutex<VecDeque<Held>>,
     unstored_len: AtomicUsize,
+    /// Held shared by each write of a chunk and its bit, alone by who takes chunks away.
+    writes: RwLock<()>,
+    /// Grows after bits were cleared and before their chunks are gone.
+    losses: AtomicU64,
+    /// When units were used.
+    uses: Uses,
+    /// Units whose bits are cleared and whose bytes are not freed yet; nothing is written there.
+    leaving: Bitmap,
+    /// Who reads the device from disk.
+    pins: Mutex<BTreeSet<String>>,
+    /// What is taken of the room for the device.
+    charged: AtomicU64,
     proven: AtomicBool,
     is_quarantined: AtomicBool,
     quarantined: Mutex<Option<String>>,
     faults: Faults,
+}
+
+impl Drop for LayerStore {
+    fn drop(&mut self) {
+        self.site.room.give_back(self.charged.load(Ordering::Relaxed));
+        if self.is_pinned() {
+            self.site.room.note_pinned(self.geometry().device_size(), false);
+        }
+    }
+}
+
+/// A chunk in memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    chunk: u32,
+    plain: Bytes,
+    _place: Arc<MemoryPlace>,
+}
+
+impl Held {
+    /// Which chunk.
+    pub(crate) fn chunk(&self) -> u32 {
+        self.chunk
+    }
 }
 
 /// What went wrong with the disk, for counters.
@@ -86,8 +127,18 @@ pub(crate) enum Added {
     Known,
     /// It is readable now, and had after the next flush.
     Written,
-    /// The disk did not take it; it is readable for a while.
-    Unstored(io::Error),
+    /// It was not stored. It is readable for a while, and the bytes are here for who waits for them, unless too much is kept
+    /// in memory already.
+    Unstored(Unstored, Option<Held>),
+}
+
+/// Why a chunk was not stored.
+#[derive(Debug)]
+pub(crate) enum Unstored {
+    /// There is no room for it.
+    NoRoom,
+    /// The disk did not take it.
+    Disk(io::Error),
 }
 
 /// Outcome of [`LayerStore::prove`].
@@ -107,12 +158,13 @@ impl LayerStore {
     /// Writes all files of a layer into `directory`, synced, and opens it. With `incoming`, whose directory it must
     /// then be, its device is taken over.
     pub(super) fn create(
-        backend: Arc<dyn Backend>,
+        site: Arc<Site>,
         directory: &Path,
         parts: &LayerParts,
         number: u64,
         incoming: Option<&IncomingStore>,
     ) -> Result<Self, StoreError> {
+        let backend = &*site.backend;
         let header = parts.header.clone();
         let geometry = header.geometry();
         check_section(&header, Section::Entries, &parts.entries)?;
@@ -131,7 +183,7 @@ impl LayerStore {
         files.extend([(HEADER, &encoded[..]), (IDENTITY, identity.as_bytes())]);
         for (name, bytes) in files {
             let path = directory.join(name);
-            write_file(&*backend, &path, bytes).map_err(StoreError::io("write", &path))?;
+            write_file(backend, &path, bytes).map_err(StoreError::io("write", &path))?;
         }
 
         let none = Have::none(geometry);
@@ -150,8 +202,13 @@ impl LayerStore {
         device.set_len(geometry.device_size()).map_err(StoreError::io("size", &device_path))?;
         backend.sync_directory(directory).map_err(StoreError::io("sync", directory))?;
 
-        let store =
-            Self::assemble(backend, directory, number, header, parts.signature.clone(), digests, device, have, none);
+        let pins = BTreeSet::new();
+        let signature = parts.signature.clone();
+        let store = Self::assemble(site, directory, number, header, signature, digests, device, have, none, pins);
+        if let Some(incoming) = incoming {
+            incoming.hand_over();
+            store.settle();
+        }
         if let Some(incoming) = incoming
             && incoming.chunk_log2() == geometry.chunk_log2()
         {
@@ -166,10 +223,11 @@ impl LayerStore {
     }
 
     /// Opens the layer in `directory`. With `distrust`, what its files say about the device has to be checked.
-    pub(super) fn open(backend: Arc<dyn Backend>, directory: &Path, distrust: bool) -> Result<Self, StoreError> {
+    pub(super) fn open(site: Arc<Site>, directory: &Path, distrust: bool) -> Result<Self, StoreError> {
+        let backend = &*site.backend;
         let read = |name: &str, len_max: u64| {
             let path = directory.join(name);
-            read_file(&*backend, &path, len_max).map_err(StoreError::io("read", &path))
+            read_file(backend, &path, len_max).map_err(StoreError::io("read", &path))
         };
         let damaged = |name: &str, reason: String| StoreError::Damaged { path: directory.join(name), reason };
         let identity = read(IDENTITY, SMALL_FILE_MAX)?;
@@ -190,7 +248,7 @@ impl LayerStore {
 
         let have_path = directory.join(HAVE);
         let have = backend.open(&have_path, true).map_err(StoreError::io("open", &have_path))?;
-        let bytes = read_file(&*backend, &have_path, u64::MAX).map_err(StoreError::io("read", &have_path))?;
+        let bytes = read_file(backend, &have_path, u64::MAX).map_err(StoreError::io("read", &have_path))?;
         let mut state = Have::parse(geometry, &bytes)
             .map_err(|NewerVersion(version)| StoreError::Newer { path: have_path.clone(), version })?;
         let device_path = directory.join(DEVICE);
@@ -208,15 +266,21 @@ impl LayerStore {
             Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
             Err(error) => Some(error.to_string()),
         };
-        let store = Self::assemble(backend, directory, number, header, signature, digests, device, have, state);
+        let is_clean = state.clean;
+        let pins = read_pins(backend, directory, &site.boot_id);
+        let store = Self::assemble(site, directory, number, header, signature, digests, device, have, state, pins);
         store.is_quarantined.store(quarantined.is_some(), Ordering::Release);
         *store.quarantined.lock() = quarantined;
+        if store.is_pinned() {
+            store.site.room.note_pinned(geometry.device_size(), true);
+        }
+        store.free_forgotten(is_clean)?;
         Ok(store)
     }
 
     #[expect(clippy::too_many_arguments, reason = "private, and each argument is a field")]
     fn assemble(
-        backend: Arc<dyn Backend>,
+        site: Arc<Site>,
         directory: &Path,
         number: u64,
         header: Header,
@@ -225,6 +289,7 @@ impl LayerStore {
         device: Arc<dyn File>,
         have: Arc<dyn File>,
         state: Have,
+        pins: BTreeSet<String>,
     ) -> Self {
         let chunks = header.geometry().chunk_count();
         let (here, suspect) = (Bitmap::new(chunks), Bitmap::new(chunks));
@@ -235,7 +300,7 @@ impl LayerStore {
             }
         }
         Self {
-            backend,
+            site,
             directory: directory.to_owned(),
             number,
             header,
@@ -249,6 +314,12 @@ impl LayerStore {
             on_disk: Mutex::new(OnDisk { bits: state.bits, clean: state.clean }),
             unstored: Mutex::default(),
             unstored_len: AtomicUsize::new(0),
+            writes: RwLock::default(),
+            losses: AtomicU64::new(0),
+            uses: Uses::new(chunks),
+            leaving: Bitmap::new(units(chunks)),
+            pins: Mutex::new(pins),
+            charged: AtomicU64::new(0),
             proven: AtomicBool::new(state.proven),
             is_quarantined: AtomicBool::new(false),
             quarantined: Mutex::default(),
@@ -276,6 +347,10 @@ impl LayerStore {
         &self.digests
     }
 
+    pub(crate) fn room(&self) -> &Arc<Room> {
+        &self.site.room
+    }
+
     pub(crate) fn faults(&self) -> &Faults {
         &self.faults
     }
@@ -287,7 +362,7 @@ impl LayerStore {
     /// The bytes of a section, compared with the header; `None` where it is not here.
     pub(crate) fn section(&self, section: Section) -> Result<Option<Vec<u8>>, StoreError> {
         let path = self.directory.join(section.name());
-        match read_file(&*self.backend, &path, self.header.section(section).size) {
+        match read_file(&*self.site.backend, &path, self.header.section(section).size) {
             Ok(bytes) => {
                 check_section(&self.header, section, &bytes)?;
                 Ok(Some(bytes))
@@ -300,13 +375,13 @@ impl LayerStore {
     /// Stores a section that was not here.
     pub(crate) fn put_section(&self, section: Section, bytes: &[u8]) -> Result<(), StoreError> {
         check_section(&self.header, section, bytes)?;
-        replace_file(&*self.backend, &self.directory, section.name(), bytes)
+        replace_file(&*self.site.backend, &self.directory, section.name(), bytes)
             .map_err(StoreError::io("write", &self.directory.join(section.name())))
     }
 
     /// Whether `chunk` can be read. Compares a suspect one with its digest first.
     pub(crate) fn is_here(&self, chunk: u32) -> bool {
-        (self.here.get(chunk) && (!self.suspect.get(chunk) || self.check(chunk))) || self.is_unstored(chunk)
+        self.is_stored(chunk) || self.is_unstored(chunk)
     }
 
     /// Whether every chunk is on the device, suspect ones included.
@@ -346,23 +421,45 @@ impl LayerStore {
         self.here.next_gap(from)
     }
 
-    /// Reads `range`, which must lie in the device, in place of what `out` has. `false`: not all of it is here.
-    pub(crate) fn read(&self, range: &Range<u64>, out: &mut Vec<u8>) -> bool {
+    /// Bytes that the device takes on the disk, as of the last look.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        self.charged.load(Ordering::Relaxed)
+    }
+
+    /// Reads `range`, which must lie in the device, in place of what `out` has. `held` are chunks that the reader has in memory.
+    /// `false`: not all of it is here.
+    pub(crate) fn read(&self, range: &Range<u64>, held: &[Held], out: &mut Vec<u8>) -> bool {
         let chunks = self.geometry().covering(range.clone());
-        if !chunks.clone().all(|chunk| self.is_here(chunk)) {
-            return false;
-        }
-        out.clear();
-        out.resize((range.end - range.start) as usize, 0);
-        if self.unstored_len.load(Ordering::Acquire) > 0 && chunks.clone().any(|chunk| !self.here.get(chunk)) {
-            return chunks.clone().all(|chunk| self.read_chunk_part(chunk, range, out));
-        }
-        match self.device.read_once_at(out, range.start) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
-                chunks.for_each(|chunk| self.drop_chunk(chunk));
-                false
+        loop {
+            // Looked at before the bits and again after the bytes: a chunk that was taken away between is not one.
+            let losses = self.losses.load(Ordering::SeqCst);
+            let is_on_disk = chunks.clone().all(|chunk| self.is_stored(chunk));
+            if !is_on_disk && !chunks.clone().all(|chunk| self.is_here(chunk) || has(held, chunk)) {
+                return false;
+            }
+            out.clear();
+            out.resize((range.end - range.start) as usize, 0);
+            let read = if is_on_disk {
+                self.device.read_once_at(out, range.start)
+            } else {
+                chunks.clone().try_for_each(|chunk| self.read_chunk_part(chunk, range, held, out))
+            };
+            fence(Ordering::SeqCst);
+            if self.losses.load(Ordering::SeqCst) != losses {
+                continue;
+            }
+            match read {
+                Ok(()) => {
+                    self.uses.note(&chunks, self.site.room.now());
+                    return true;
+                }
+                // It was in memory, and is not any more.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
+                Err(error) => {
+                    tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
+                    chunks.for_each(|chunk| self.drop_chunk(chunk));
+                    return false;
+                }
             }
         }
     }
@@ -372,23 +469,45 @@ impl LayerStore {
         if self.here.get(chunk) && !self.suspect.get(chunk) {
             return Added::Known;
         }
-        match self.device.write_at(plain, self.geometry().range(ChunkIndex(chunk)).start) {
-            Ok(()) => {
-                self.note_written(chunk);
-                Added::Written
-            }
-            Err(error) => {
-                self.faults.unstored.fetch_add(1, Ordering::Relaxed);
-                let mut unstored = self.unstored.lock();
-                unstored.retain(|(other, _)| *other != chunk);
-                unstored.push_back((chunk, Bytes::copy_from_slice(plain)));
-                if unstored.len() > UNSTORED_MAX {
-                    unstored.pop_front();
+        let range = self.geometry().range(ChunkIndex(chunk));
+        let room = &self.site.room;
+        let refused = {
+            let _writing = self.writes.read();
+            // Also for one that is here and suspect: a crash may have made a hole of it. The next flush settles.
+            let bytes = on_disk(plain.len());
+            if self.leaving.get(unit_of(chunk)) {
+                room.ask();
+                Unstored::NoRoom
+            } else if !room.take(bytes) {
+                Unstored::NoRoom
+            } else {
+                match self.device.write_at(plain, range.start) {
+                    Ok(()) => {
+                        self.charged.fetch_add(bytes, Ordering::Relaxed);
+                        self.uses.note(&(chunk..chunk + 1), room.now());
+                        self.note_written(chunk);
+                        room.note_success();
+                        self.forget_unstored();
+                        return Added::Written;
+                    }
+                    Err(error) => {
+                        room.give_back(bytes);
+                        if room.note_failure(&error) { Unstored::NoRoom } else { Unstored::Disk(error) }
+                    }
                 }
-                self.unstored_len.store(unstored.len(), Ordering::Release);
-                Added::Unstored(error)
             }
+        };
+        self.faults.unstored.fetch_add(1, Ordering::Relaxed);
+        let place = room.in_memory(plain.len());
+        let held = place.map(|place| Held { chunk, plain: Bytes::copy_from_slice(plain), _place: Arc::new(place) });
+        let mut unstored = self.unstored.lock();
+        unstored.retain(|other| other.chunk != chunk);
+        unstored.extend(held.clone());
+        if unstored.len() > UNSTORED_MAX || held.is_none() {
+            unstored.pop_front();
         }
+        self.unstored_len.store(unstored.len(), Ordering::Release);
+        Added::Unstored(refused, held)
     }
 
     /// Whether [`LayerStore::flush`] has something to do.
@@ -399,7 +518,9 @@ impl LayerStore {
 
     /// Makes what is here durable: first the chunks, then the bits.
     pub(crate) fn flush(&self) -> Result<(), StoreError> {
-        self.flush_locked(&mut self.on_disk.lock())
+        let flushed = self.flush_locked(&mut self.on_disk.lock());
+        self.settle();
+        flushed
     }
 
     /// Ends cleanly: after this the bits are believed without a check, unless some still wait for one.
@@ -422,23 +543,34 @@ impl LayerStore {
         if !self.is_complete() {
             return Ok(Proof::Incomplete);
         }
+        let losses = self.losses.load(Ordering::SeqCst);
         let hashed = self.hash_device(stop);
         let mut on_disk = self.on_disk.lock();
-        // A chunk that was dropped and written again meanwhile is not what was hashed.
-        if stop() || self.needs_flush() || !self.is_complete() {
+        // A chunk that was taken away and written again meanwhile is not what was hashed.
+        if stop() || self.losses.load(Ordering::SeqCst) != losses || self.needs_flush() || !self.is_complete() {
             return Ok(Proof::Incomplete);
         }
         if hashed.is_ok_and(|digest| digest == self.header.diff_id()) {
-            for chunk in self.geometry().chunks() {
-                self.suspect.clear(chunk);
+            {
+                // Alone, so that nothing is taken away between the look and the mark.
+                let _alone = self.writes.write();
+                if self.losses.load(Ordering::SeqCst) != losses {
+                    return Ok(Proof::Incomplete);
+                }
+                for chunk in self.geometry().chunks() {
+                    self.suspect.clear(chunk);
+                }
+                self.proven.store(true, Ordering::Release);
             }
-            self.proven.store(true, Ordering::Release);
             self.write_clean(&mut on_disk)?;
             return Ok(Proof::Proven);
         }
         // Is it the disk or the index?
         let rotten = self.geometry().chunks().filter(|chunk| !self.check(*chunk)).count() as u32;
         self.flush_locked(&mut on_disk)?;
+        if rotten == 0 && self.losses.load(Ordering::SeqCst) != losses {
+            return Ok(Proof::Incomplete);
+        }
         if rotten > 0 {
             return Ok(Proof::Rotten(rotten));
         }
@@ -453,23 +585,39 @@ impl LayerStore {
         *self.quarantined.lock() = Some(reason.to_owned());
         self.is_quarantined.store(true, Ordering::Release);
         self.proven.store(false, Ordering::Release);
-        replace_file(&*self.backend, &self.directory, QUARANTINED, reason.as_bytes())
+        replace_file(&*self.site.backend, &self.directory, QUARANTINED, reason.as_bytes())
             .map_err(StoreError::io("write", &self.directory.join(QUARANTINED)))?;
         self.geometry().chunks().for_each(|chunk| self.drop_chunk(chunk));
-        self.flush()
+        self.flush()?;
+        self.evict(&(0..units(self.geometry().chunk_count())).collect::<Vec<_>>()).map(drop)
+    }
+
+    /// Whether `chunk` can be read from the device. Compares a suspect one with its digest first.
+    fn is_stored(&self, chunk: u32) -> bool {
+        self.here.get(chunk) && (!self.suspect.get(chunk) || self.check(chunk))
     }
 
     /// Compares a chunk on the device with its digest and drops it when it is wrong.
     fn check(&self, chunk: u32) -> bool {
         let mut plain = vec![0; self.geometry().chunk_len(ChunkIndex(chunk))];
         let start = self.geometry().range(ChunkIndex(chunk)).start;
-        let read = self.device.read_once_at(&mut plain, start);
-        if read.is_ok() && self.digests.is_chunk(ChunkIndex(chunk), &plain) {
-            self.suspect.clear(chunk);
-            return true;
+        loop {
+            let losses = self.losses.load(Ordering::SeqCst);
+            if !self.here.get(chunk) {
+                return false;
+            }
+            let read = self.device.read_once_at(&mut plain, start);
+            fence(Ordering::SeqCst);
+            if self.losses.load(Ordering::SeqCst) != losses {
+                continue;
+            }
+            if read.is_ok() && self.digests.is_chunk(ChunkIndex(chunk), &plain) {
+                self.suspect.clear(chunk);
+                return true;
+            }
+            self.drop_chunk(chunk);
+            return false;
         }
-        self.drop_chunk(chunk);
-        false
     }
 
     fn drop_chunk(&self, chunk: u32) {
@@ -478,6 +626,7 @@ impl LayerStore {
         if self.here.clear(chunk) {
             self.suspect.clear(chunk);
             self.proven.store(false, Ordering::Release);
+            self.losses.fetch_add(1, Ordering::SeqCst);
             self.faults.rotten.fetch_add(1, Ordering::Relaxed);
             unsynced.dropped.push(chunk);
         }
@@ -491,27 +640,32 @@ impl LayerStore {
     }
 
     fn is_unstored(&self, chunk: u32) -> bool {
-        self.unstored_len.load(Ordering::Acquire) > 0
-            && self.unstored.lock().iter().any(|(unstored, _)| *unstored == chunk)
+        self.unstored_len.load(Ordering::Acquire) > 0 && has(self.unstored.lock().make_contiguous(), chunk)
     }
 
-    /// Copies the bytes of `chunk` that lie in `range` to their place in `out`.
-    fn read_chunk_part(&self, chunk: u32, range: &Range<u64>, out: &mut [u8]) -> bool {
+    /// The disk takes chunks again: the memory is free for others.
+    fn forget_unstored(&self) {
+        if self.unstored_len.load(Ordering::Acquire) > 0 {
+            self.unstored.lock().clear();
+            self.unstored_len.store(0, Ordering::Release);
+        }
+    }
+
+    /// Copies the bytes of `chunk` that lie in `range` to their place in `out`. Not found: it is in memory no more.
+    fn read_chunk_part(&self, chunk: u32, range: &Range<u64>, held: &[Held], out: &mut [u8]) -> io::Result<()> {
         let place = self.geometry().range(ChunkIndex(chunk));
         let part = place.start.max(range.start)..place.end.min(range.end);
-        let Some(out) = out.get_mut((part.start - range.start) as usize..(part.end - range.start) as usize) else {
-            return false;
-        };
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let out = out.get_mut((part.start - range.start) as usize..(part.end - range.start) as usize);
+        let out = out.ok_or_else(missing)?;
         if self.here.get(chunk) {
-            return self.device.read_once_at(out, part.start).is_ok();
+            return self.device.read_once_at(out, part.start);
         }
-        let unstored = self.unstored.lock();
-        let Some((_, plain)) = unstored.iter().find(|(unstored, _)| *unstored == chunk) else { return false };
-        let Some(plain) = plain.get((part.start - place.start) as usize..(part.end - place.start) as usize) else {
-            return false;
-        };
-        out.copy_from_slice(plain);
-        true
+        let kept = |among: &[Held]| among.iter().find(|held| held.chunk == chunk).map(|held| held.plain.clone());
+        let plain = kept(held).or_else(|| kept(self.unstored.lock().make_contiguous())).ok_or_else(missing)?;
+        let from = (part.start - place.start) as usize..(part.end - place.start) as usize;
+        out.copy_from_slice(plain.get(from).ok_or_else(missing)?);
+        Ok(())
     }
 
     fn flush_locked(&self, on_disk: &mut OnDisk) -> Result<(), StoreError> {
@@ -592,6 +746,15 @@ impl LayerStore {
     fn geometry(&self) -> Geometry {
         self.header.geometry()
     }
+}
+
+/// Bytes that a chunk of `len` bytes takes: file systems give out blocks.
+fn on_disk(len: usize) -> u64 {
+    (len as u64).next_multiple_of(4096)
+}
+
+fn has(held: &[Held], chunk: u32) -> bool {
+    held.iter().any(|held| held.chunk == chunk)
 }
 
 fn bit(bits: &[u8], chunk: u32) -> bool {

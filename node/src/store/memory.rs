@@ -1,15 +1,19 @@
 //! A disk in memory that loses, tears and flips what was not synced when it crashes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::backend::{Backend, File};
+use super::backend::{Backend, File, Space};
+
+/// The disk is given out in blocks of this size.
+const BLOCK: u64 = 4096;
 
 /// The disk. Clones are the same disk.
 #[derive(Clone, Debug, Default)]
@@ -25,23 +29,33 @@ struct State {
     names_log: Vec<BTreeMap<PathBuf, Option<u64>>>,
     files: BTreeMap<u64, Content>,
     next: u64,
-    /// Bytes that may still be written.
+    /// Bytes of blocks that can still be given out.
     room: Option<u64>,
+    /// Operations that need a new block before all of them fail.
+    operations: Option<u64>,
     /// Syncs fail.
     broken: bool,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Content {
-    bytes: Vec<u8>,
-    durable: Vec<u8>,
+    now: Image,
+    durable: Image,
     log: Vec<Write>,
+}
+
+/// Bytes of a file, and which of its blocks are no holes.
+#[derive(Clone, Debug, Default)]
+struct Image {
+    bytes: Vec<u8>,
+    blocks: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
 enum Write {
     At(u64, Vec<u8>),
     Len(u64),
+    Punch(Range<u64>),
 }
 
 #[derive(Debug)]
@@ -51,9 +65,26 @@ struct MemoryFile {
 }
 
 impl MemoryDisk {
-    /// Only `bytes` more can be written.
+    /// Only `bytes` more can be written to holes; new holes add to them.
     pub(crate) fn set_room(&self, bytes: Option<u64>) {
         self.0.lock().room = bytes;
+    }
+
+    /// After so many more operations that may need a new block, whatever they are, the disk is full.
+    pub(crate) fn set_operations(&self, operations: Option<u64>) {
+        self.0.lock().operations = operations;
+    }
+
+    /// Whether the operations of [`MemoryDisk::set_operations`] are used up.
+    pub(crate) fn is_out_of_operations(&self) -> bool {
+        self.0.lock().operations == Some(0)
+    }
+
+    /// Bytes that the files below `directory` take.
+    pub(crate) fn allocated_below(&self, directory: &Path, name: &str) -> u64 {
+        let state = self.0.lock();
+        let files = state.names.iter().filter(|(path, _)| path.starts_with(directory) && path.ends_with(name));
+        files.filter_map(|(_, number)| Some(state.files[&(*number)?].now.blocks.len() as u64 * BLOCK)).sum()
     }
 
     /// Lets syncs fail.
@@ -76,7 +107,7 @@ impl MemoryDisk {
         let names = kept.checked_sub(1).map_or(&state.durable_names, |last| &state.names_log[last]).clone();
         let mut files = BTreeMap::new();
         for (number, content) in &state.files {
-            let mut bytes = content.durable.clone();
+            let mut image = content.durable.clone();
             for write in &content.log {
                 let mut write = write.clone();
                 match (random(3), &mut write) {
@@ -89,9 +120,9 @@ impl MemoryDisk {
                     }
                     _ => {}
                 }
-                write.apply(&mut bytes);
+                write.apply(&mut image);
             }
-            files.insert(*number, Content { durable: bytes.clone(), bytes, log: Vec::new() });
+            files.insert(*number, Content { durable: image.clone(), now: image, log: Vec::new() });
         }
         let next = state.next;
         Self(Arc::new(Mutex::new(State { durable_names: names.clone(), names, files, next, ..State::default() })))
@@ -102,17 +133,18 @@ impl MemoryDisk {
         let mut state = self.0.lock();
         let Some(Some(number)) = state.names.get(path).copied() else { return };
         let content = state.files.get_mut(&number).unwrap();
-        let len = content.bytes.len() as u64 * 8;
+        let len = content.now.bytes.len() as u64 * 8;
         if len > 0 {
             let bit = bit % len;
-            content.bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
-            content.durable = content.bytes.clone();
+            content.now.bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
+            content.durable = content.now.clone();
         }
     }
 }
 
 impl Write {
-    fn apply(&self, bytes: &mut Vec<u8>) {
+    fn apply(&self, image: &mut Image) {
+        let Image { bytes, blocks } = image;
         match self {
             Self::At(offset, written) => {
                 let end = *offset as usize + written.len();
@@ -120,8 +152,25 @@ impl Write {
                     bytes.resize(end, 0);
                 }
                 bytes[*offset as usize..end].copy_from_slice(written);
+                blocks.extend(self.blocks());
             }
-            Self::Len(len) => bytes.resize(*len as usize, 0),
+            Self::Len(len) => {
+                bytes.resize(*len as usize, 0);
+                blocks.retain(|block| block * BLOCK < *len);
+            }
+            Self::Punch(range) => {
+                let end = range.end.min(bytes.len() as u64);
+                bytes[range.start.min(end) as usize..end as usize].fill(0);
+                blocks.retain(|block| block * BLOCK < range.start || (block + 1) * BLOCK > range.end);
+            }
+        }
+    }
+
+    /// The blocks that it writes to.
+    fn blocks(&self) -> Range<u64> {
+        match self {
+            Self::At(offset, written) => *offset / BLOCK..(*offset + written.len() as u64).div_ceil(BLOCK),
+            Self::Len(_) | Self::Punch(_) => 0..0,
         }
     }
 }
@@ -129,6 +178,14 @@ impl Write {
 impl State {
     fn changed(&mut self) {
         self.names_log.push(self.names.clone());
+    }
+
+    /// Before anything that may need a new block.
+    fn operate(&mut self) -> io::Result<()> {
+        if let Some(operations) = &mut self.operations {
+            *operations = operations.checked_sub(1).ok_or(io::ErrorKind::StorageFull)?;
+        }
+        Ok(())
     }
 }
 
@@ -143,6 +200,7 @@ impl Backend for MemoryDisk {
             Some(Some(number)) => *number,
             Some(None) => return Err(io::ErrorKind::IsADirectory.into()),
             None if create => {
+                state.operate()?;
                 let number = state.next;
                 state.next += 1;
                 state.files.insert(number, Content::default());
@@ -163,6 +221,9 @@ impl Backend for MemoryDisk {
 
     fn create_directory(&self, path: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
+        if !state.names.contains_key(path) {
+            state.operate()?;
+        }
         if state.names.insert(path.to_owned(), None).is_none() {
             state.changed();
         }
@@ -174,6 +235,7 @@ impl Backend for MemoryDisk {
         if !state.names.contains_key(from) {
             return Err(not_found());
         }
+        state.operate()?;
         let moved: Vec<PathBuf> = state.names.keys().filter(|path| path.starts_with(from)).cloned().collect();
         for path in moved {
             let what = state.names.remove(&path).unwrap();
@@ -199,6 +261,11 @@ impl Backend for MemoryDisk {
         Ok(())
     }
 
+    fn space(&self, _path: &Path) -> io::Result<Space> {
+        let total = 1 << 50;
+        Ok(Space { total, free: self.0.lock().room.unwrap_or(total) })
+    }
+
     fn lock(&self, _directory: &Path) -> io::Result<Box<dyn Debug + Send + Sync>> {
         Ok(Box::new(()))
     }
@@ -207,11 +274,21 @@ impl Backend for MemoryDisk {
 impl MemoryFile {
     fn write(&self, write: Write) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        if let (Some(room), Write::At(_, bytes)) = (&mut state.room, &write) {
-            *room = room.checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?;
+        let now = &state.files[&self.number].now;
+        let new = write.blocks().filter(|block| !now.blocks.contains(block)).count() as u64 * BLOCK;
+        if new > 0 || matches!(write, Write::Len(len) if len != now.bytes.len() as u64) {
+            state.operate()?;
         }
-        let content = state.files.get_mut(&self.number).unwrap();
-        write.apply(&mut content.bytes);
+        let State { files, room, .. } = &mut *state;
+        let content = files.get_mut(&self.number).unwrap();
+        if let Some(room) = room {
+            *room = room.checked_sub(new).ok_or(io::ErrorKind::StorageFull)?;
+            let before = content.now.blocks.len();
+            write.apply(&mut content.now);
+            *room += before.saturating_sub(content.now.blocks.len()) as u64 * BLOCK;
+        } else {
+            write.apply(&mut content.now);
+        }
         content.log.push(write);
         Ok(())
     }
@@ -220,7 +297,7 @@ impl MemoryFile {
 impl File for MemoryFile {
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         let state = self.disk.0.lock();
-        let bytes = &state.files[&self.number].bytes;
+        let bytes = &state.files[&self.number].now.bytes;
         let range = offset as usize..offset as usize + out.len();
         out.copy_from_slice(bytes.get(range).ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
@@ -235,7 +312,15 @@ impl File for MemoryFile {
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.disk.0.lock().files[&self.number].bytes.len() as u64)
+        Ok(self.disk.0.lock().files[&self.number].now.bytes.len() as u64)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        Ok(self.disk.0.lock().files[&self.number].now.blocks.len() as u64 * BLOCK)
+    }
+
+    fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        self.write(Write::Punch(range))
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -243,8 +328,12 @@ impl File for MemoryFile {
         if state.broken {
             return Err(io::Error::other("the disk is broken"));
         }
+        let content = &state.files[&self.number];
+        if content.now.blocks != content.durable.blocks {
+            state.operate()?;
+        }
         let content = state.files.get_mut(&self.number).unwrap();
-        content.durable = content.bytes.clone();
+        content.durable = content.now.clone();
         content.log.clear();
         Ok(())
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <root>/lock                       held by the process that uses the store
-//! <root>/running                    boot id of a process that did not end cleanly (yet)
+//! <root>/running                    boot id of a process that did not end cleanly (yet), else "ended"
 //! <root>/numbers                    the first layer number that was never given out
 //! <root>/layers/<diffID hex>/       one layer
 //!     identity                      number and index digest
@@ -11,6 +11,7 @@
 //!     device                        the chunks that are here, sparse
 //!     have                          which those are
 //!     quarantined                   why the layer must not be used, if so
+//!     pinned                        who reads the device from disk, so that all of it must stay
 //! <root>/incoming/<blob hex>-<n>/   a device whose index is not known yet; nothing in it outlives the process
 //! ```
 //!
@@ -24,9 +25,10 @@ mod have;
 mod incoming;
 mod layer;
 #[cfg(test)]
-mod memory;
+pub(crate) mod memory;
+mod room;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -38,8 +40,11 @@ use ::layer::Digest;
 use ::layer::index::{Header, IndexError};
 use parking_lot::Mutex;
 
-pub(crate) use self::layer::{Added, LayerStore, Proof};
-pub use backend::{Backend, File};
+use crate::config::CacheConfig;
+
+pub(crate) use self::layer::{Added, Held, LayerStore, Proof, Unit, Unstored};
+pub(crate) use self::room::Room;
+pub use backend::{Backend, File, Space};
 pub use disk::Disk;
 pub(crate) use incoming::IncomingStore;
 
@@ -47,6 +52,10 @@ use backend::{read_file, replace_file};
 
 /// Most bytes of a small file of the store.
 const SMALL_FILE_MAX: u64 = 4096;
+
+/// What `running` says after a clean end, and its length.
+const ENDED: &str = "ended";
+const MARKER_LEN: usize = 64;
 
 /// How many layer numbers are reserved with one write.
 const NUMBERS_BATCH: u64 = 256;
@@ -85,6 +94,16 @@ pub enum StoreError {
         /// The system's error.
         source: io::Error,
     },
+    /// The disk is full.
+    #[error("cannot {action} {path}: {source}; free space on that file system or let Drover keep more of it free (cache.keep_free)", path = .path.display())]
+    Full {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
     /// A file has other bytes than were written.
     #[error("{path} is damaged: {reason}", path = .path.display())]
     Damaged {
@@ -109,7 +128,10 @@ pub enum StoreError {
 impl StoreError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_owned();
-        move |source| Self::Io { action, path, source }
+        move |source| match backend::is_full(&source) {
+            true => Self::Full { action, path, source },
+            false => Self::Io { action, path, source },
+        }
     }
 }
 
@@ -138,10 +160,18 @@ pub(crate) struct Prepared {
     pub(crate) directory: PathBuf,
 }
 
+/// What all layers of a store share.
+#[derive(Debug)]
+pub(crate) struct Site {
+    backend: Arc<dyn Backend>,
+    room: Arc<Room>,
+    boot_id: String,
+}
+
 /// A directory of layers. At most one process has it open.
 #[derive(Debug)]
 pub(crate) struct Store {
-    backend: Arc<dyn Backend>,
+    site: Arc<Site>,
     root: PathBuf,
     numbers: Mutex<Numbers>,
     _lock: Box<dyn fmt::Debug + Send + Sync>,
@@ -157,7 +187,12 @@ struct Numbers {
 impl Store {
     /// Opens or makes the store at `root`, whose parent must exist. `boot_id` differs after each start of the machine: the page cache
     /// survives a killed process but no crashed kernel.
-    pub(crate) fn open(backend: Arc<dyn Backend>, root: &Path, boot_id: &str) -> Result<(Self, Found), StoreError> {
+    pub(crate) fn open(
+        backend: Arc<dyn Backend>,
+        root: &Path,
+        boot_id: &str,
+        cache: &CacheConfig,
+    ) -> Result<(Self, Found), StoreError> {
         let layers = root.join("layers");
         let incoming = root.join("incoming");
         for directory in [root, &layers, &incoming] {
@@ -168,9 +203,11 @@ impl Store {
             let path = incoming.join(name);
             backend.remove(&path).map_err(StoreError::io("remove", &path))?;
         }
+        let room = Room::open(backend.clone(), root, cache)?;
+        let site = Arc::new(Site { backend: backend.clone(), room, boot_id: boot_id.to_owned() });
         let running = root.join("running");
         let left_by = match read_file(&*backend, &running, SMALL_FILE_MAX) {
-            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+            Ok(bytes) => Some(String::from_utf8_lossy(&bytes).trim_end().to_owned()).filter(|left_by| left_by != ENDED),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(_) => Some(String::new()),
         };
@@ -184,7 +221,7 @@ impl Store {
                 backend.remove(&path).map_err(StoreError::io("remove", &path))?;
                 continue;
             }
-            match LayerStore::open(backend.clone(), &path, found.after_crash) {
+            match LayerStore::open(site.clone(), &path, found.after_crash) {
                 Ok(layer) if numbers.contains_key(&layer.number()) => {
                     let reason = format!("it has the number {} of another layer", layer.number());
                     found.broken.push(BrokenLayer { name, error: StoreError::Damaged { path, reason } });
@@ -197,12 +234,17 @@ impl Store {
             }
         }
         // Layers that were distrusted now say so themselves, so the marker may name this boot.
-        replace_file(&*backend, root, "running", boot_id.as_bytes()).map_err(StoreError::io("write", &running))?;
+        write_marker(&*backend, root, boot_id).map_err(StoreError::io("write", &running))?;
 
         let next = numbers.keys().next_back().map_or(1, |last| last + 1).max(read_numbers(&*backend, root));
         let store =
-            Self { backend, root: root.to_owned(), numbers: Mutex::new(Numbers { next, reserved: 0 }), _lock: lock };
+            Self { site, root: root.to_owned(), numbers: Mutex::new(Numbers { next, reserved: 0 }), _lock: lock };
         Ok((store, found))
+    }
+
+    /// How much the devices may take, and take.
+    pub(crate) fn room(&self) -> &Arc<Room> {
+        &self.site.room
     }
 
     /// Writes a layer of which no chunk is here; [`Store::place`] makes it count.
@@ -210,15 +252,16 @@ impl Store {
         let number = self.number()?;
         let directory = self.root.join("layers").join(format!(".new-{number}"));
         let made = self
+            .site
             .backend
             .create_directory(&directory)
             .map_err(StoreError::io("create", &directory))
-            .and_then(|()| LayerStore::create(self.backend.clone(), &directory, parts, number, None));
+            .and_then(|()| LayerStore::create(self.site.clone(), &directory, parts, number, None));
         match made {
             Ok(layer) => Ok(Prepared { layer, directory }),
             Err(error) => {
                 // What cannot be removed now is removed when the store is opened next.
-                let _ = self.backend.remove(&directory);
+                let _ = self.site.backend.remove(&directory);
                 Err(error)
             }
         }
@@ -229,9 +272,9 @@ impl Store {
         let Prepared { mut layer, directory } = prepared;
         let layers = self.root.join("layers");
         let place = layers.join(layer.header().diff_id().hex());
-        self.backend.remove(&place).map_err(StoreError::io("remove", &place))?;
-        self.backend.rename(&directory, &place).map_err(StoreError::io("rename", &directory))?;
-        self.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
+        self.site.backend.remove(&place).map_err(StoreError::io("remove", &place))?;
+        self.site.backend.rename(&directory, &place).map_err(StoreError::io("rename", &directory))?;
+        self.site.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
         layer.moved_to(&place);
         Ok(layer)
     }
@@ -239,15 +282,15 @@ impl Store {
     /// Throws a prepared layer away, or what came in.
     pub(crate) fn discard(&self, directory: &Path) {
         // What cannot be removed now is removed when the store is opened next.
-        let _ = self.backend.remove(directory);
+        let _ = self.site.backend.remove(directory);
     }
 
     /// Makes room for a device whose index is not known yet. Dropping it removes it.
     pub(crate) fn incoming(&self, blob: &Digest, chunk_log2: u8) -> Result<IncomingStore, StoreError> {
         let name = format!("{}-{}", blob.hex(), self.number()?);
         let directory = self.root.join("incoming").join(name);
-        self.backend.create_directory(&directory).map_err(StoreError::io("create", &directory))?;
-        IncomingStore::create(self.backend.clone(), &directory, chunk_log2)
+        self.site.backend.create_directory(&directory).map_err(StoreError::io("create", &directory))?;
+        IncomingStore::create(self.site.clone(), &directory, chunk_log2)
     }
 
     /// Turns what came in into a layer, still in its place; what does not fit the index is left out.
@@ -257,7 +300,7 @@ impl Store {
         parts: &LayerParts,
     ) -> Result<Prepared, StoreError> {
         let directory = incoming.directory().to_owned();
-        let layer = LayerStore::create(self.backend.clone(), &directory, parts, self.number()?, Some(incoming))?;
+        let layer = LayerStore::create(self.site.clone(), &directory, parts, self.number()?, Some(incoming))?;
         Ok(Prepared { layer, directory })
     }
 
@@ -266,16 +309,15 @@ impl Store {
         let layers = self.root.join("layers");
         let trash = layers.join(format!(".removed-{}", layer.number()));
         let directory = self.layer_path(&layer.header().diff_id());
-        self.backend.rename(&directory, &trash).map_err(StoreError::io("rename", &directory))?;
-        self.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
-        self.backend.remove(&trash).map_err(StoreError::io("remove", &trash))
+        self.site.backend.rename(&directory, &trash).map_err(StoreError::io("rename", &directory))?;
+        self.site.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
+        self.site.backend.remove(&trash).map_err(StoreError::io("remove", &trash))
     }
 
     /// The store ends cleanly. Every layer must have been closed before.
     pub(crate) fn close(&self) -> Result<(), StoreError> {
-        let running = self.root.join("running");
-        self.backend.remove(&running).map_err(StoreError::io("remove", &running))?;
-        self.backend.sync_directory(&self.root).map_err(StoreError::io("sync", &self.root))
+        write_marker(&*self.site.backend, &self.root, ENDED)
+            .map_err(StoreError::io("write", &self.root.join("running")))
     }
 
     fn layer_path(&self, diff_id: &Digest) -> PathBuf {
@@ -287,7 +329,7 @@ impl Store {
         let mut numbers = self.numbers.lock();
         if numbers.next >= numbers.reserved {
             let reserved = numbers.next + NUMBERS_BATCH;
-            replace_file(&*self.backend, &self.root, "numbers", format!("{reserved}\n").as_bytes())
+            replace_file(&*self.site.backend, &self.root, "numbers", format!("{reserved}\n").as_bytes())
                 .map_err(StoreError::io("write", &self.root.join("numbers")))?;
             numbers.reserved = reserved;
         }
@@ -295,6 +337,16 @@ impl Store {
         numbers.next += 1;
         Ok(number)
     }
+}
+
+/// Says in the file `running` who uses the store. Written in place, in one sector: that needs no room on a full disk.
+fn write_marker(backend: &dyn Backend, root: &Path, text: &str) -> io::Result<()> {
+    let path = root.join("running");
+    let is_new = backend.open(&path, false).is_err();
+    let file = backend.open(&path, true)?;
+    file.write_at(format!("{text:<MARKER_LEN$}").as_bytes(), 0)?;
+    file.sync()?;
+    if is_new { backend.sync_directory(root) } else { Ok(()) }
 }
 
 /// The first number that was never given out; 0 where the file is missing or damaged (then the layers that are there

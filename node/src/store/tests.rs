@@ -1,5 +1,7 @@
 //! The store on a disk that crashes and lies: chunks may be forgotten, never invented.
 
+mod evict;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,16 +12,18 @@ use proptest::prelude::*;
 
 use super::memory::MemoryDisk;
 use super::{Added, Found, LayerParts, LayerStore, Proof, Store, StoreError};
+use crate::config::CacheConfig;
 
 const CHUNK: usize = 4096;
 
-struct Subject {
+#[derive(Debug)]
+pub(crate) struct Subject {
     device: Vec<u8>,
     index: Index,
 }
 
 impl Subject {
-    fn new(file_len: usize, seed: u8) -> Self {
+    pub(crate) fn new(file_len: usize, seed: u8) -> Self {
         let bytes: Vec<u8> = (0..file_len).map(|n| (n * 31 + n / 256 * 7) as u8 ^ seed).collect();
         let mut header = tar::Header::new_gnu();
         header.set_path("file").unwrap();
@@ -36,7 +40,7 @@ impl Subject {
         Self { device, index }
     }
 
-    fn parts(&self) -> LayerParts {
+    pub(crate) fn parts(&self) -> LayerParts {
         LayerParts {
             header: self.index.header.clone(),
             signature: b"signed".to_vec(),
@@ -46,9 +50,17 @@ impl Subject {
         }
     }
 
-    fn chunk(&self, chunk: u32) -> &[u8] {
+    pub(crate) fn chunk(&self, chunk: u32) -> &[u8] {
         let start = chunk as usize * CHUNK;
         &self.device[start..(start + CHUNK).min(self.device.len())]
+    }
+
+    pub(crate) fn device(&self) -> &[u8] {
+        &self.device
+    }
+
+    pub(crate) fn diff_id(&self) -> Digest {
+        self.index.header.diff_id()
     }
 
     fn chunks(&self) -> u32 {
@@ -65,7 +77,7 @@ impl Subject {
         let mut out = Vec::new();
         for chunk in 0..self.chunks() {
             let range = layer.header().geometry().range(ChunkIndex(chunk));
-            if layer.read(&range, &mut out) {
+            if layer.read(&range, &[], &mut out) {
                 assert!(out == self.chunk(chunk), "chunk {chunk} is invented");
                 here += 1;
             }
@@ -79,7 +91,7 @@ fn root() -> &'static Path {
 }
 
 fn open(disk: &MemoryDisk, boot: &str) -> (Store, Found) {
-    Store::open(Arc::new(disk.clone()), root(), boot).unwrap()
+    Store::open(Arc::new(disk.clone()), root(), boot, &CacheConfig::default()).unwrap()
 }
 
 fn create(store: &Store, subject: &Subject) -> LayerStore {
@@ -147,15 +159,15 @@ fn a_full_disk_gives_chunks_from_memory() {
     let layer = create(&store, &subject);
     layer.add(0, subject.chunk(0));
     disk.set_room(Some(100));
-    assert!(matches!(layer.add(1, subject.chunk(1)), Added::Unstored(_)));
+    assert!(matches!(layer.add(1, subject.chunk(1)), Added::Unstored(..)));
     let mut out = Vec::new();
     // A read over a stored and an unstored chunk.
-    assert!(layer.read(&(100..8000), &mut out));
+    assert!(layer.read(&(100..8000), &[], &mut out));
     assert_eq!(out, subject.device[100..8000]);
     for chunk in 2..60 {
         layer.add(chunk, subject.chunk(chunk));
     }
-    assert!(!layer.read(&(5000..6000), &mut out), "memory is bounded");
+    assert!(!layer.read(&(5000..6000), &[], &mut out), "memory is bounded");
     assert!(!layer.is_complete() && layer.bytes_here() == 4096);
     disk.set_room(None);
     for chunk in 0..subject.chunks() {

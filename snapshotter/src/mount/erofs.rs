@@ -68,12 +68,21 @@ impl ErofsMount {
     }
 }
 
-/// Unmounts what is mounted on `target`; nothing mounted there is success. A mount that is still in use is detached: it
-/// lives on for who has it and is gone for everybody else.
-pub fn unmount(target: &Path) -> io::Result<()> {
+/// What became of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmounted {
+    /// Nobody has it any more.
+    Gone,
+    /// It lives on for who has it and is gone for everybody else.
+    Detached,
+}
+
+/// Unmounts what is mounted on `target`; nothing mounted there is success. A mount that is still in use is detached.
+pub fn unmount(target: &Path) -> io::Result<Unmounted> {
     match umount2(target, MntFlags::UMOUNT_NOFOLLOW) {
-        Err(Errno::EBUSY) => ignore_absent(umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)),
-        answer => ignore_absent(answer),
+        Err(Errno::EBUSY) => ignore_absent(umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW))
+            .map(|()| Unmounted::Detached),
+        answer => ignore_absent(answer).map(|()| Unmounted::Gone),
     }
 }
 

@@ -14,7 +14,7 @@ use node::Node;
 use node::layer::Layer;
 use parking_lot::Mutex;
 
-use super::erofs::{ErofsMount, MountError, unmount};
+use super::erofs::{ErofsMount, MountError, Unmounted, unmount};
 use super::helper::{self, Helper};
 use super::lower::LowerRoots;
 use super::table::mounts_below;
@@ -116,6 +116,8 @@ impl LayerMounts {
         lowers: impl FnOnce() -> Result<Vec<PathBuf>, String>,
     ) -> Result<(), AttachError> {
         let name = name(chain, Over::Fuse);
+        layer.set_mounted(true);
+        self.keep_pinned(chain, layer);
         if self.mounted.lock().contains(&name) {
             layer.set_filling(true);
             return Ok(());
@@ -152,6 +154,15 @@ impl LayerMounts {
         if mounted.contains(&name) {
             return Some(target);
         }
+        // Before the mount: a hole that is made in a mounted device is read as zeros.
+        match layer.pin(&name) {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(error) => {
+                tracing::warn!(%chain, %error, "a complete layer stays on FUSE");
+                return None;
+            }
+        }
         let mount = ErofsMount { image: self.image(chain), device: layer.device_path(), target: target.clone() };
         let done = fs::create_dir_all(&target).map_err(MountError::io(&target)).and_then(|()| mount.mount());
         match done {
@@ -160,10 +171,39 @@ impl LayerMounts {
                 Some(target)
             }
             Err(error) => {
+                self.unpin(&name);
                 tracing::warn!(%chain, %error, "a complete layer stays on FUSE");
                 None
             }
         }
+    }
+
+    /// A daemon before this one may have mounted the device without a mark on it.
+    fn keep_pinned(&self, chain: ChainId, layer: &Layer) {
+        let name = name(chain, Over::Disk);
+        if self.mounted.lock().contains(&name)
+            && let Err(error) = layer.pin_anyway(&name)
+        {
+            tracing::warn!(%chain, %error, "cannot note that a device is read from disk");
+        }
+    }
+
+    /// The mount over a device on disk is gone, so that parts of the device may be evicted.
+    fn unpin(&self, name: &str) {
+        for layer in self.node.layers() {
+            if let Err(error) = layer.unpin(name) {
+                tracing::warn!(%layer, %error, "cannot note that a device is not read from disk any more");
+            }
+        }
+    }
+
+    /// Unmounts `name`, and lets its device go unless somebody still has the mount.
+    fn unmount(&self, name: &str, target: &Path) -> Result<(), MountError> {
+        let unmounted = unmount(target).map_err(MountError::io(target))?;
+        if unmounted == Unmounted::Gone && name.ends_with(DISK_SUFFIX) {
+            self.unpin(name);
+        }
+        Ok(())
     }
 
     /// Whether `chain` is mounted.
@@ -179,7 +219,7 @@ impl LayerMounts {
             if !target.exists() {
                 continue;
             }
-            unmount(&target).map_err(MountError::io(&target))?;
+            self.unmount(&name, &target)?;
             mounted.remove(&name);
             fs::remove_dir(&target).map_err(MountError::io(&target))?;
         }
@@ -199,7 +239,7 @@ impl LayerMounts {
         for target in list(&self.mounts)? {
             let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if !names.contains(name) {
-                unmount(&target).map_err(MountError::io(&target))?;
+                self.unmount(name, &target)?;
                 mounted.remove(name);
                 fs::remove_dir(&target).map_err(MountError::io(&target))?;
             }

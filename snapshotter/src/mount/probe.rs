@@ -30,7 +30,7 @@ pub fn file_backed_erofs(root: &Path) -> Result<(), ProbeError> {
     let result = probe(&folder);
     let target = folder.join("mounted");
     let unmounted = unmount(&target).map_err(MountError::io(&target));
-    let removed = unmounted.and_then(|()| fs::remove_dir_all(&folder).map_err(MountError::io(&folder)));
+    let removed = unmounted.and_then(|_| fs::remove_dir_all(&folder).map_err(MountError::io(&folder)));
     result.and_then(|()| removed.map_err(ProbeError::Mount))
 }
 
