@@ -4,6 +4,7 @@
 //! - [`frames`]: the wire forms of a layer's chunks.
 //! - [`encode`]: the threads that make them.
 //! - [`known`]: a layer that was ingested.
+//! - [`ledger`], [`room`]: how much of the disk all that takes, and what goes when it is too much.
 //! - [`pass`]: the one pass over a blob.
 //! - [`refill`]: wire forms made again.
 //! - [`serving`]: index sections and chunks for other machines.
@@ -13,8 +14,10 @@ pub mod control;
 pub mod encode;
 pub mod frames;
 pub mod known;
+mod ledger;
 mod pass;
 mod refill;
+mod room;
 mod serving;
 pub mod store;
 
@@ -33,18 +36,23 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, watch}
 use self::encode::EncodePool;
 use self::frames::Frames;
 use self::known::Known;
+use self::ledger::{Ledger, Reservation};
 use self::pass::{Pass, PassError};
 use self::store::{IncomingBlob, Store};
+use crate::config::CacheConfig;
 use crate::registry::{self, RegistryError};
 use crate::security::{Signed, Signer};
 use crate::source::BlobRef;
+use crate::store::{Disk, Room};
 
 /// Bytes of a blob between the network and the pass over it, so that neither waits for the other's jitter. Bytes and not
 /// pieces, of which each may have some hundred KiB.
 const AHEAD_BYTES_MAX: usize = 4 << 20;
 /// How long a failure is the answer to everyone who asks, before it is tried again: so that a thousand nodes that ask
 /// again at once do not become a thousand requests to a registry in trouble.
+/// Doubled with each failure in a row, up to [`FAILURE_REST_MAX`].
 const FAILURE_REST: Duration = Duration::from_secs(2);
+const FAILURE_REST_MAX: Duration = Duration::from_secs(30);
 /// Tries without a single new byte before a download is given up.
 const TRIES_MAX: u32 = 5;
 /// Pause after the first failed try; it doubles.
@@ -66,17 +74,20 @@ pub struct Options {
     pub encode_threads: usize,
     /// Largest blob to take, in bytes.
     pub blob_size_max: u64,
+    /// How much of the disk may be taken.
+    pub cache: CacheConfig,
     /// What the index is made with.
     pub layer: layer_ingest::Options,
 }
 
 impl Default for Options {
-    /// 3 at a time, a thread for each core, 64 GiB.
+    /// 3 at a time, a thread for each core, 64 GiB, all of the disk but its floor.
     fn default() -> Self {
         Self {
             concurrent: 3,
             encode_threads: std::thread::available_parallelism().map_or(1, usize::from).min(16),
             blob_size_max: 64 << 30,
+            cache: CacheConfig::default(),
             layer: layer_ingest::Options::default(),
         }
     }
@@ -138,6 +149,14 @@ pub enum IngestFailure {
         /// Why not.
         reason: String,
     },
+    /// It does not fit.
+    #[error("no room on the seeder for {blob}: {reason}")]
+    NoRoom {
+        /// The blob.
+        blob: String,
+        /// What is missing, and what to do.
+        reason: String,
+    },
     /// Too many ingests wait.
     #[error("{FLIGHTS_MAX} ingests are waiting already")]
     TooMany,
@@ -161,6 +180,9 @@ struct Shared {
     read: AtomicU64,
     /// Permits to make chunks again from a blob.
     refills: Arc<Semaphore>,
+    ledger: Ledger,
+    /// Held while room is made.
+    evicting: Mutex<()>,
     flights: Mutex<HashMap<Digest, Arc<Flight>>>,
     layers: tokio::sync::Mutex<HashMap<Digest, Arc<Known>>>,
 }
@@ -171,6 +193,8 @@ pub struct Flight {
     phase: watch::Sender<Phase>,
     frames: watch::Sender<Option<Arc<Frames>>>,
     ended: Mutex<Option<Instant>>,
+    /// How often the blob failed in a row before.
+    failures: u32,
 }
 
 impl Flight {
@@ -194,6 +218,8 @@ impl std::fmt::Debug for Ingester {
 impl Ingester {
     /// An ingester on `store`. Without `signer` the indexes are not signed.
     pub fn new(store: Store, registry: registry::Client, signer: Option<Signer>, options: Options) -> io::Result<Self> {
+        let room = Room::open(Arc::new(Disk), store.root(), &options.cache).map_err(io::Error::other)?;
+        let ledger = Ledger::new(room, store.found()?);
         let shared = Shared {
             store,
             registry,
@@ -203,10 +229,24 @@ impl Ingester {
             turns: Semaphore::new(options.concurrent.max(1)),
             read: AtomicU64::new(0),
             refills: Arc::new(Semaphore::new(options.encode_threads.max(1))),
+            ledger,
+            evicting: Mutex::default(),
             flights: Mutex::default(),
             layers: tokio::sync::Mutex::default(),
         };
-        Ok(Self { shared: Arc::new(shared) })
+        let shared = Arc::new(shared);
+        if shared.ledger.room().taken() > shared.ledger.room().limit() {
+            // The limit was lowered, or others took the disk.
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new().name("make-room".into()).spawn(move || shared.make_room(0))?;
+        }
+        Ok(Self { shared })
+    }
+
+    /// What is taken of the disk and may be, in bytes.
+    pub fn disk_use(&self) -> crate::DiskUse {
+        let room = self.shared.ledger.room();
+        crate::DiskUse { taken: room.taken(), limit: room.limit(), free: room.free() }
     }
 
     /// The registries that blobs come from.
@@ -223,13 +263,18 @@ impl Ingester {
         if let Some(known) = layers.get(&blob.digest) {
             return Ok(watch::Sender::new(Phase::Ready(Arc::clone(known))).subscribe());
         }
-        if let Some(flight) = self.flight(blob.digest)
+        let before = self.flight(blob.digest);
+        if let Some(flight) = &before
             && !flight.may_start_anew()
         {
             return Ok(flight.phase());
         }
         if let Some(known) = self.known_in(&mut layers, blob.digest).await {
             return Ok(watch::Sender::new(Phase::Ready(known)).subscribe());
+        }
+        let (shared, digest) = (Arc::clone(&self.shared), blob.digest);
+        if let Ok(Some(reason)) = tokio::task::spawn_blocking(move || shared.store.unsupported(digest)).await {
+            return Ok(watch::Sender::new(Phase::Unsupported(reason)).subscribe());
         }
         let mut flights = self.shared.flights.lock();
         if flights.len() >= FLIGHTS_MAX {
@@ -243,6 +288,10 @@ impl Ingester {
             phase: watch::Sender::new(Phase::Running(progress)),
             frames: watch::Sender::new(None),
             ended: Mutex::new(None),
+            failures: before.map_or(0, |flight| match *flight.phase.borrow() {
+                Phase::Failed(_) => flight.failures + 1,
+                _ => 0,
+            }),
         });
         flights.insert(blob.digest, Arc::clone(&flight));
         drop(flights);
@@ -273,7 +322,12 @@ impl Ingester {
         let mut layers = self.shared.layers.lock().await;
         layers.remove(&blob);
         let shared = Arc::clone(&self.shared);
-        if let Err(error) = blocking(move || shared.store.forget(blob)).await {
+        let forgotten = blocking(move || {
+            let forgotten = shared.store.forget(blob);
+            shared.settle(blob);
+            forgotten
+        });
+        if let Err(error) = forgotten.await {
             tracing::error!(%blob, %error, "cannot remove a damaged layer");
         }
     }
@@ -314,6 +368,10 @@ impl Ingester {
             }
             Err(Ended::Unsupported(reason)) => {
                 tracing::warn!(%blob, reason, "the layer cannot be lazy");
+                let (shared, digest, why) = (Arc::clone(&self.shared), blob.digest, reason.clone());
+                if let Err(error) = blocking(move || shared.store.note_unsupported(digest, &why)).await {
+                    tracing::warn!(%blob, %error, "cannot remember that a layer cannot be lazy");
+                }
                 Phase::Unsupported(reason)
             }
             Err(Ended::Failed(error)) => {
@@ -347,14 +405,40 @@ impl Ingester {
     }
 
     async fn ingest(&self, blob: &BlobRef, flight: &Flight) -> Result<Arc<Known>, Ended> {
+        let ended = self.ingest_within(blob, flight).await;
+        let (shared, digest) = (Arc::clone(&self.shared), blob.digest);
+        let is_full = matches!(ended, Err(Ended::Failed(IngestFailure::NoRoom { .. })));
+        let _ = blocking(move || {
+            if ended_in_vain(&shared.store, digest) || is_full {
+                shared.store.drop_incoming(digest)?;
+            }
+            shared.settle(digest);
+            Ok(())
+        })
+        .await;
+        ended
+    }
+
+    /// The same; what the files take is to be settled by the caller.
+    async fn ingest_within(&self, blob: &BlobRef, flight: &Flight) -> Result<Arc<Known>, Ended> {
         let in_store = |error: io::Error| Ended::store(blob, &error);
+        let (shared, digest, size) = (Arc::clone(&self.shared), blob.digest, blob.size);
+        let reserved = blocking(move || {
+            // What is here of it counts for the reservation from now on.
+            shared.ledger.settle(digest, 0);
+            let mut reservation = shared.ledger.reservation();
+            // Blob, wire forms and index.
+            shared.cover(&mut reservation, 2 * size + size / 8)?;
+            Ok(reservation)
+        });
+        let reservation = Arc::new(Mutex::new(reserved.await.map_err(in_store)?));
         let mut resume = true;
         loop {
             let shared = Arc::clone(&self.shared);
             let digest = blob.digest;
             let prepared = blocking(move || shared.prepare(digest, resume)).await.map_err(in_store)?;
             let resumed = prepared.blob_here > 0;
-            match self.attempt(blob, flight, prepared).await {
+            match self.attempt(blob, flight, prepared, Arc::clone(&reservation)).await {
                 // The blob's beginning from an earlier ingest may be what is wrong: a power failure can tear it.
                 Err(Ended::Failed(IngestFailure::WrongBlob { .. }) | Ended::Unsupported(_)) if resumed && resume => {
                     resume = false;
@@ -364,7 +448,13 @@ impl Ingester {
         }
     }
 
-    async fn attempt(&self, blob: &BlobRef, flight: &Flight, prepared: Prepared) -> Result<Arc<Known>, Ended> {
+    async fn attempt(
+        &self,
+        blob: &BlobRef,
+        flight: &Flight,
+        prepared: Prepared,
+        reservation: Arc<Mutex<Reservation>>,
+    ) -> Result<Arc<Known>, Ended> {
         let Prepared { incoming, frames, has_blob, blob_here } = prepared;
         flight.frames.send_replace(Some(Arc::clone(&frames)));
         let (sender, pieces) = pieces();
@@ -375,6 +465,11 @@ impl Ingester {
             is_whole: has_blob,
             pieces,
             batch: self.shared.encode.batch(Arc::clone(&frames)),
+            frames: Arc::clone(&frames),
+            cover: {
+                let shared = Arc::clone(&self.shared);
+                Box::new(move |bytes| shared.cover(&mut reservation.lock(), bytes))
+            },
             phase: flight.phase.clone(),
             options: self.shared.options.layer,
         };
@@ -582,7 +677,8 @@ impl Shared {
 
 impl Flight {
     fn may_start_anew(&self) -> bool {
-        let rested = self.ended.lock().is_some_and(|at| at.elapsed() >= FAILURE_REST);
+        let rest = (FAILURE_REST * 2u32.saturating_pow(self.failures.min(8))).min(FAILURE_REST_MAX);
+        let rested = self.ended.lock().is_some_and(|at| at.elapsed() >= rest);
         match &*self.phase.borrow() {
             Phase::Running(_) | Phase::Unsupported(_) => false,
             Phase::Failed(_) => rested,
@@ -601,8 +697,17 @@ enum Ended {
 
 impl Ended {
     fn store(blob: &BlobRef, error: &io::Error) -> Self {
-        Self::Failed(IngestFailure::Store { blob: blob.to_string(), reason: error.to_string() })
+        let (blob, reason) = (blob.to_string(), error.to_string());
+        Self::Failed(match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => IngestFailure::NoRoom { blob, reason },
+            _ => IngestFailure::Store { blob, reason },
+        })
     }
+}
+
+/// Whether an ingest that broke off left nothing to go on with.
+fn ended_in_vain(store: &Store, blob: Digest) -> bool {
+    store.begin(blob).is_ok_and(|incoming| std::fs::metadata(incoming.blob_path()).map_or(true, |blob| blob.len() == 0))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use node::config::{ByteSize, RegistriesConfig, SecurityConfig};
+use node::config::{ByteSize, CacheConfig, RegistriesConfig, SecurityConfig};
 use node::{ingest, registry, serve};
 use serde::Deserialize;
 
@@ -21,6 +21,9 @@ pub(crate) struct Config {
     /// Registries that need more than HTTPS.
     #[serde(default)]
     pub(crate) registry: RegistriesConfig,
+    /// How much of the disk may be taken.
+    #[serde(default)]
+    pub(crate) cache: CacheConfig,
     /// Bounds.
     #[serde(default)]
     pub(crate) limits: Limits,
@@ -75,6 +78,11 @@ impl Config {
         socket(&self.root)
     }
 
+    /// How to ingest.
+    pub(crate) fn ingest(&self) -> ingest::Options {
+        self.limits.ingest(self.cache)
+    }
+
     /// A client of the registries.
     pub(crate) fn registry(&self) -> registry::Client {
         let options = registry::Options { stall_timeout: self.limits.registry_stall, ..registry::Options::default() };
@@ -91,11 +99,12 @@ impl Limits {
         self.transfers
     }
 
-    pub(crate) fn ingest(&self) -> ingest::Options {
+    fn ingest(&self, cache: CacheConfig) -> ingest::Options {
         ingest::Options {
             concurrent: self.ingests,
             encode_threads: self.encode_threads,
             blob_size_max: self.blob_size.as_u64(),
+            cache,
             ..ingest::Options::default()
         }
     }
@@ -119,12 +128,12 @@ mod tests {
         };
         let config = parse("root = \"/r\"\nsecurity = \"off\"").unwrap();
         assert_eq!(config.listen, "0.0.0.0:7070");
-        assert_eq!(config.limits.ingest().concurrent, ingest::Options::default().concurrent);
+        assert_eq!(config.ingest().concurrent, ingest::Options::default().concurrent);
         let config =
             parse("root = \"/r\"\nsecurity = \"off\"\n[limits]\nclient_stall = \"500ms\"\nblob_size = \"1GiB\"")
                 .unwrap();
         assert_eq!(config.limits.listener().stall_timeout, Duration::from_millis(500));
-        assert_eq!(config.limits.ingest().blob_size_max, 1 << 30);
+        assert_eq!(config.ingest().blob_size_max, 1 << 30);
         let error = parse("root = \"/r\"\nsecurity = \"off\"\n[limits]\nuploads = 3").unwrap_err().to_string();
         assert!(error.contains("uploads"), "{error}");
         let error = parse("root = \"/r\"").unwrap_err().to_string();

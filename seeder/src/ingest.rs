@@ -52,7 +52,7 @@ async fn ingest(config: Config, args: &IngestArgs) -> anyhow::Result<()> {
     let engine = match Store::open(&config.root) {
         Ok(store) => {
             let signer = Security::load(&config.security, Role::Seeder)?.signer()?;
-            Engine::Own(Ingester::new(store, config.registry(), signer, config.limits.ingest())?)
+            Engine::Own(Ingester::new(store, config.registry(), signer, config.ingest())?)
         }
         // Waiting for a turn is silent for as long as other ingests take, but the daemon tells that it lives.
         Err(StoreError::InUse(_)) => Engine::Daemon(seeder::Client::local(config.socket(), seeder::Options::default())),

@@ -28,7 +28,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let security = Security::load(&config.security, Role::Seeder)?;
     let store = Store::open(&config.root)?;
     let known = store.layers().context("cannot list the layers of the store")?.len();
-    let ingester = Ingester::new(store, config.registry(), security.signer()?, config.limits.ingest())
+    let ingester = Ingester::new(store, config.registry(), security.signer()?, config.ingest())
         .context("cannot start the threads that encode")?;
 
     let router = serve::router(Arc::new(ingester.clone()), config.limits.transfers());

@@ -21,6 +21,7 @@ pub(crate) fn run(config: &Config) -> anyhow::Result<()> {
             Err(error) => println!("{blob}  cannot be used: {error}"),
         }
     }
-    println!("{} layers, {} of blobs", layers.len(), ByteSize::b(total));
+    let taken = store::disk_use(&config.root);
+    println!("{} layers, {} of blobs, {} on disk", layers.len(), ByteSize::b(total), ByteSize::b(taken));
     Ok(())
 }

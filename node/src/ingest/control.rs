@@ -104,6 +104,6 @@ fn status(error: &IngestFailure) -> Status {
         IngestFailure::WrongBlob { .. } => Status::data_loss(text),
         IngestFailure::Content { .. } => Status::failed_precondition(text),
         IngestFailure::Store { .. } => Status::internal(text),
-        IngestFailure::TooMany => Status::resource_exhausted(text),
+        IngestFailure::NoRoom { .. } | IngestFailure::TooMany => Status::resource_exhausted(text),
     }
 }

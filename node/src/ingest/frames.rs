@@ -13,9 +13,12 @@ use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use layer::ChunkIndex;
 use parking_lot::{Mutex, RwLock};
+use rustix::fs::{FallocateFlags, fallocate};
 use tokio::sync::watch;
 
 const MAGIC: &[u8; 8] = b"DRWIRE01";
@@ -25,15 +28,49 @@ const TABLE_BYTES_MAX: u64 = (1 << 24) * ENTRY_LEN as u64 + 8;
 /// Unsaved frames after which the table is due.
 const SAVE_AFTER_BYTES: u64 = 64 << 20;
 
+/// log2 of the chunks whose frames are evicted together: about a span.
+const UNIT_LOG2: u32 = 5;
+/// File systems free whole blocks.
+const BLOCK: u64 = 4096;
+
 /// The frames of one layer. Shared by who makes them and who serves them.
 #[derive(Debug)]
 pub struct Frames {
+    /// When the units were used, on the clock of [`ticks`].
+    uses: Mutex<Vec<u32>>,
+    /// Runs that are being served: who was told their length gets them.
+    serving: Mutex<Vec<Range<u32>>>,
     directory: RwLock<PathBuf>,
     file: File,
     table: RwLock<Vec<Entry>>,
     end: Mutex<u64>,
     unsaved: Mutex<u64>,
     front: watch::Sender<u32>,
+}
+
+/// Frames that may be evicted together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct FramesUnit {
+    /// When it was used last.
+    pub(super) used: u32,
+    /// Which.
+    pub(super) number: u32,
+}
+
+/// Keeps the frames of a run from being evicted.
+#[derive(Debug)]
+pub(super) struct FramesUse {
+    frames: Arc<Frames>,
+    run: Range<u32>,
+}
+
+impl Drop for FramesUse {
+    fn drop(&mut self) {
+        let mut serving = self.frames.serving.lock();
+        if let Some(at) = serving.iter().position(|run| *run == self.run) {
+            serving.swap_remove(at);
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +104,8 @@ impl Frames {
         let end = file.metadata()?.len();
         let front = contiguous(&table, 0);
         Ok(Self {
+            uses: Mutex::default(),
+            serving: Mutex::default(),
             directory: RwLock::new(directory.to_owned()),
             file,
             table: RwLock::new(table),
@@ -96,6 +135,7 @@ impl Frames {
                 *slot = entry;
             }
         }
+        self.note_use(&(chunk.0..chunk.0 + 1));
         *self.unsaved.lock() += frame.len() as u64;
         self.front.send_if_modified(|front| {
             let reached = contiguous(&self.table.read(), *front);
@@ -119,9 +159,10 @@ impl Frames {
     /// Appends frames of `run` to `out`, from its first chunk until one is missing or `max` bytes are reached. Gives the
     /// first chunk that was not read. Blocks on the disk.
     pub fn read(&self, run: Range<u32>, max: usize, out: &mut Vec<u8>) -> io::Result<u32> {
+        self.note_use(&run);
         let mut next = run.start;
         while next < run.end && (out.len() < max || next == run.start) {
-            let entry = self.table.read().get(next as usize).copied().unwrap_or_default();
+            let entry = self.entry(next);
             if entry.len == 0 {
                 break;
             }
@@ -133,6 +174,11 @@ impl Frames {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => false,
                 Err(error) => return Err(error),
             };
+            if !is_whole && self.entry(next) != entry {
+                // It was evicted meanwhile.
+                out.truncate(start);
+                break;
+            }
             if !is_whole {
                 tracing::warn!(directory = %self.directory.read().display(), chunk = next,
                     "a stored frame is not what was written; it is made again");
@@ -143,6 +189,94 @@ impl Frames {
             next += 1;
         }
         Ok(next)
+    }
+
+    /// Keeps the frames of `run` until the guard is dropped.
+    pub(super) fn in_use(self: &Arc<Self>, run: Range<u32>) -> FramesUse {
+        self.serving.lock().push(run.clone());
+        FramesUse { frames: Arc::clone(self), run }
+    }
+
+    /// Units of which something is there and nothing is being served.
+    pub(super) fn units(&self) -> Vec<FramesUnit> {
+        let table = self.table.read();
+        let (uses, serving) = (self.uses.lock(), self.serving.lock());
+        (0..)
+            .zip(table.chunks(1 << UNIT_LOG2))
+            .filter(|(number, entries)| {
+                let chunks = unit_chunks(*number);
+                entries.iter().any(|entry| entry.len > 0)
+                    && !serving.iter().any(|run| run.start < chunks.end && chunks.start < run.end)
+            })
+            .map(|(number, _)| FramesUnit { used: uses.get(number as usize).copied().unwrap_or(0), number })
+            .collect()
+    }
+
+    /// Takes the frames of units off the disk, unless they are being served. Blocks on the disk.
+    pub(super) fn evict(&self, numbers: &[u32]) -> io::Result<()> {
+        let mut gone = Vec::new();
+        let is_empty = {
+            let mut table = self.table.write();
+            let serving = self.serving.lock();
+            for chunks in numbers.iter().map(|number| unit_chunks(*number)) {
+                if serving.iter().any(|run| run.start < chunks.end && chunks.start < run.end) {
+                    continue;
+                }
+                let end = (chunks.end as usize).min(table.len());
+                for entry in table.get_mut(chunks.start as usize..end).unwrap_or_default() {
+                    if entry.len > 0 {
+                        gone.push(entry.offset..entry.offset + u64::from(entry.len));
+                        *entry = Entry::default();
+                    }
+                }
+            }
+            table.iter().all(|entry| entry.len == 0)
+        };
+        // The table first: it must not name what is not there.
+        self.save()?;
+        let mut end = self.end.lock();
+        if is_empty && self.table.read().iter().all(|entry| entry.len == 0) {
+            *end = 0;
+            return self.file.set_len(0);
+        }
+        drop(end);
+        gone.sort_by_key(|range| range.start);
+        let mut holes: Vec<Range<u64>> = Vec::new();
+        for range in gone {
+            match holes.last_mut() {
+                Some(hole) if hole.end == range.start => hole.end = range.end,
+                _ => holes.push(range),
+            }
+        }
+        for hole in holes {
+            let (start, end) = (hole.start.next_multiple_of(BLOCK), hole.end / BLOCK * BLOCK);
+            if start < end {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&self.file, flags, start, end - start)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that were written.
+    pub(super) fn len(&self) -> u64 {
+        *self.end.lock()
+    }
+
+    fn entry(&self, chunk: u32) -> Entry {
+        self.table.read().get(chunk as usize).copied().unwrap_or_default()
+    }
+
+    fn note_use(&self, run: &Range<u32>) {
+        let (first, last) = (run.start >> UNIT_LOG2, run.end.saturating_sub(1) >> UNIT_LOG2);
+        let mut uses = self.uses.lock();
+        if uses.len() <= last as usize {
+            uses.resize(last as usize + 1, 0);
+        }
+        let now = ticks();
+        for used in uses.get_mut(first as usize..=last as usize).unwrap_or_default() {
+            *used = now;
+        }
     }
 
     /// How many chunks from 0 on are there without gap. Only ever grows while a layer is ingested.
@@ -197,6 +331,16 @@ impl Frames {
     }
 }
 
+/// Tenths of a second since the first use.
+fn ticks() -> u32 {
+    static SINCE: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u32::try_from(SINCE.elapsed().as_millis() / 100).unwrap_or(u32::MAX - 1) + 1
+}
+
+fn unit_chunks(number: u32) -> Range<u32> {
+    number << UNIT_LOG2..(number + 1) << UNIT_LOG2
+}
+
 fn contiguous(table: &[Entry], from: u32) -> u32 {
     let rest = table.get(from as usize..).unwrap_or_default();
     from + rest.iter().take_while(|entry| entry.len > 0).count() as u32
@@ -238,7 +382,13 @@ fn read_table(path: &Path) -> Option<Vec<Entry>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+
+    fn allocated(frames: &Frames) -> u64 {
+        frames.file.metadata().unwrap().blocks() * 512
+    }
 
     fn read_all(frames: &Frames, run: Range<u32>) -> (Vec<u8>, u32) {
         let mut out = Vec::new();
@@ -288,6 +438,37 @@ mod tests {
         assert!(!frames.has(ChunkIndex(1)));
         assert_eq!(read_all(&frames, 2..3).1, 2);
         assert!(!frames.has(ChunkIndex(2)));
+    }
+
+    #[test]
+    fn evicted_units_free_their_disk_and_what_is_served_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("wire");
+        let frames = Arc::new(Frames::create(&path).unwrap());
+        let frame = |chunk: u32| vec![chunk as u8 ^ 0x5a; 20_000];
+        for chunk in 0..100 {
+            frames.append(ChunkIndex(chunk), &frame(chunk)).unwrap();
+        }
+        frames.save().unwrap();
+        let before = allocated(&frames);
+        let serving = frames.in_use(40..41);
+        assert_eq!(frames.units().iter().map(|unit| unit.number).collect::<Vec<_>>(), [0, 2, 3]);
+        frames.evict(&[0, 1]).unwrap();
+        let freed = before - allocated(&frames);
+        assert!((31 * 20_000..=32 * 20_000).contains(&freed), "{freed}");
+        assert!(!frames.has(ChunkIndex(31)) && frames.has(ChunkIndex(32)));
+        drop(serving);
+        frames.evict(&[1]).unwrap();
+        frames.append(ChunkIndex(5), &frame(5)).unwrap();
+        assert_eq!(read_all(&frames, 5..6).0, frame(5));
+        frames.save().unwrap();
+        drop(frames);
+        let frames = Arc::new(Frames::open(&path).unwrap());
+        let here: Vec<u32> = (0..100).filter(|chunk| frames.has(ChunkIndex(*chunk))).collect();
+        assert_eq!(here, [5].into_iter().chain(64..100).collect::<Vec<_>>());
+        assert_eq!(read_all(&frames, 64..100).0.len(), 36 * 20_000);
+        frames.evict(&[0, 2, 3]).unwrap();
+        assert_eq!((frames.units(), allocated(&frames)), (vec![], 0));
     }
 
     #[test]

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use layer::ChunkIndex;
 use layer::index::{Header, Section};
-use tokio::sync::Semaphore;
 
+use super::Shared;
 use super::frames::Frames;
 use super::refill::{Made, Refills};
 use super::store::Store;
@@ -79,11 +79,11 @@ impl Known {
     }
 
     /// Makes the wire form of `chunk` again, and those that come before it on the way, unless it is there by now.
-    pub(super) async fn refill(self: &Arc<Self>, chunk: ChunkIndex, permits: &Arc<Semaphore>) -> io::Result<Made> {
+    pub(super) async fn refill(self: &Arc<Self>, chunk: ChunkIndex, shared: &Arc<Shared>) -> io::Result<Made> {
         if self.frames.has(chunk) {
             return Ok(Made::Now);
         }
-        self.refills.make(self, chunk, permits).await
+        self.refills.make(self, chunk, shared).await
     }
 
     /// Whether `run` is one of this layer's, and not empty.

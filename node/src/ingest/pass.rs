@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use layer::index::{Compression, Index};
@@ -10,6 +11,7 @@ use layer::ingest::{Ingest, IngestError, Options};
 use tokio::sync::{mpsc, watch};
 
 use super::encode::Batch;
+use super::frames::Frames;
 use super::{Ended, IngestFailure, Phase, Piece};
 use crate::source::BlobRef;
 
@@ -17,6 +19,9 @@ use crate::source::BlobRef;
 const TELL_EVERY: Duration = Duration::from_millis(50);
 /// Bytes that are read from a file at a time.
 const READ_LEN: usize = 256 << 10;
+
+/// The index takes less than this part of blob and wire forms.
+const INDEX_SHARE: u64 = 64;
 
 /// What the pass works with.
 pub(super) struct Pass {
@@ -30,6 +35,9 @@ pub(super) struct Pass {
     /// The rest, from the network.
     pub(super) pieces: mpsc::UnboundedReceiver<Piece>,
     pub(super) batch: Batch,
+    pub(super) frames: Arc<Frames>,
+    /// Sees to it that so many bytes may be on the disk.
+    pub(super) cover: Box<dyn FnMut(u64) -> io::Result<()> + Send>,
     pub(super) phase: watch::Sender<Phase>,
     pub(super) options: Options,
 }
@@ -95,6 +103,8 @@ impl Pass {
         if let Some(failure) = ingest.failure() {
             self.tell_failure(&failure);
         }
+        let written = ingest.blob_read() + self.frames.len();
+        (self.cover)(written + written / INDEX_SHARE)?;
         if self.batch.has_failed() {
             return Err(PassError::Disk(io::Error::other("the wire forms of its chunks cannot be written")));
         }

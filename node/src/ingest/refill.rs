@@ -15,8 +15,9 @@ use layer::index::{ChunkDigests, Section, Span, Spans};
 use layer::span::SpanInflater;
 use layer::wire::Encoder;
 use parking_lot::Mutex;
-use tokio::sync::{OnceCell, Semaphore, watch};
+use tokio::sync::{OnceCell, watch};
 
+use super::Shared;
 use super::frames::Frames;
 use super::known::Known;
 use crate::cutter::Cutter;
@@ -74,12 +75,7 @@ struct Loaded {
 impl Refills {
     /// Waits for a pass that comes to `chunk`, which is missing; begins one where none will. It goes on to its end whether or
     /// not somebody waits.
-    pub(super) async fn make(
-        &self,
-        known: &Arc<Known>,
-        chunk: ChunkIndex,
-        permits: &Arc<Semaphore>,
-    ) -> io::Result<Made> {
+    pub(super) async fn make(&self, known: &Arc<Known>, chunk: ChunkIndex, shared: &Arc<Shared>) -> io::Result<Made> {
         let (known, chunk) = (Arc::clone(known), chunk.0);
         let loaded = Arc::clone(&self.loaded);
         self.loaded
@@ -90,7 +86,7 @@ impl Refills {
                 })
             })
             .await?;
-        let refill = self.joined(chunk).map_or_else(|| self.begin(known, loaded, chunk, permits), Ok)?;
+        let refill = self.joined(chunk).map_or_else(|| self.begin(known, loaded, chunk, shared), Ok)?;
         let mut reached = refill.reached.subscribe();
         let arrival = reached.wait_for(|reached| reached.next > chunk || reached.end.is_some());
         let is_long = refill.chunks.end - refill.chunks.start > LONG;
@@ -125,7 +121,7 @@ impl Refills {
         known: Arc<Known>,
         loaded: Arc<OnceCell<Loaded>>,
         chunk: u32,
-        permits: &Arc<Semaphore>,
+        shared: &Arc<Shared>,
     ) -> io::Result<Arc<Refill>> {
         let mut running = self.running.lock();
         // Somebody else may have begun it meanwhile.
@@ -142,13 +138,18 @@ impl Refills {
         let reached = watch::Sender::new(Reached { next: chunks.start, end: None });
         let refill = Arc::new(Refill { chunks, reached });
         running.push(Arc::clone(&refill));
-        let (permits, pass) = (Arc::clone(permits), Arc::clone(&refill));
+        let (shared, pass) = (Arc::clone(shared), Arc::clone(&refill));
         tokio::spawn(async move {
-            let permit = permits.acquire_owned().await;
+            let permit = Arc::clone(&shared.refills).acquire_owned().await;
             let run = Arc::clone(&pass);
             let work = move || {
                 let loaded = loaded.get().ok_or_else(|| invalid("the spans are not loaded"))?;
-                run.run(&known, loaded, chunk)
+                let mut reservation = shared.ledger.reservation();
+                let covered = shared.cover(&mut reservation, loaded.bytes_for(chunk));
+                let end = covered.and_then(|()| run.run(&known, loaded, chunk));
+                drop(reservation);
+                shared.settle(known.header().blob());
+                end
             };
             let end = super::blocking(work).await;
             drop(permit);
@@ -227,6 +228,12 @@ impl Loaded {
             spans: Spans::parse(header, &read(Section::Spans)?).map_err(invalid)?,
             blob: File::open(known.blob_path())?,
         })
+    }
+
+    /// About the most bytes that the frames of the spans with `chunk` take.
+    fn bytes_for(&self, chunk: u32) -> u64 {
+        let blob: u64 = self.covering(chunk).iter().map(|span| span.blob.end - span.blob.start).sum();
+        blob + blob / 4 + (1 << 20)
     }
 
     fn covering(&self, chunk: u32) -> &[Span] {

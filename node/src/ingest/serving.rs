@@ -41,6 +41,7 @@ impl LayerServer for Ingester {
     fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
         Box::pin(async move {
             if let Some(frames) = self.running(blob) {
+                let _in_use = frames.in_use(run.clone());
                 let len = frames.wire_len(run.clone()).ok_or(ServeError::NotYet)?;
                 return Ok(FramesBody { len: Some(len), chunk_log2: None, stream: made(frames, run) });
             }
@@ -58,8 +59,9 @@ impl LayerServer for Ingester {
                 }
             }
             let chunk_log2 = Some(known.header().geometry().chunk_log2());
-            let len = known.frames().wire_len(run.clone());
-            Ok(FramesBody { len, chunk_log2, stream: self.known_frames(known, run) })
+            // Before the length is told: a frame that is made again may have another one.
+            let stream = self.known_frames(Arc::clone(&known), run.clone());
+            Ok(FramesBody { len: known.frames().wire_len(run), chunk_log2, stream })
         })
     }
 
@@ -87,9 +89,20 @@ impl LayerServer for Ingester {
 impl Ingester {
     async fn served(&self, blob: Digest) -> Result<Arc<Known>, ServeError> {
         match self.known(blob).await {
-            Some(known) => Ok(known),
+            Some(known) => {
+                self.note_use(blob);
+                Ok(known)
+            }
             None if self.running(blob).is_some() => Err(ServeError::NotYet),
             None => Err(ServeError::Unknown),
+        }
+    }
+
+    fn note_use(&self, blob: Digest) {
+        if self.shared.ledger.note_use(blob) {
+            let shared = Arc::clone(&self.shared);
+            // What cannot be noted only makes the layer look older after a restart.
+            tokio::task::spawn_blocking(move || drop(shared.store.note_use(blob)));
         }
     }
 
@@ -103,9 +116,11 @@ impl Ingester {
     /// The frames of a run of a known layer; missing ones are made again on the way.
     fn known_frames(&self, known: Arc<Known>, run: Range<u32>) -> ByteStream {
         let ingester = self.clone();
+        let in_use = Arc::new(known.frames().in_use(run.clone()));
         let frames = stream::try_unfold((run, false), move |(run, made_in_vain)| {
-            let (ingester, known) = (ingester.clone(), Arc::clone(&known));
+            let (ingester, known, in_use) = (ingester.clone(), Arc::clone(&known), Arc::clone(&in_use));
             async move {
+                let _in_use = in_use;
                 if run.is_empty() {
                     return Ok(None);
                 }
@@ -128,7 +143,7 @@ impl Ingester {
 
     async fn refill(&self, known: &Arc<Known>, chunk: ChunkIndex) -> io::Result<Made> {
         let blob = known.header().blob();
-        let made = known.refill(chunk, &self.shared.refills).await;
+        let made = known.refill(chunk, &self.shared).await;
         if let Err(error) = &made {
             tracing::error!(%blob, %chunk, %error, "cannot make a wire form again");
             if matches!(
@@ -144,9 +159,11 @@ impl Ingester {
 
 /// Frames that are there.
 fn made(frames: Arc<Frames>, run: Range<u32>) -> ByteStream {
+    let in_use = Arc::new(frames.in_use(run.clone()));
     stream::try_unfold(run, move |run| {
-        let frames = Arc::clone(&frames);
+        let (frames, in_use) = (Arc::clone(&frames), Arc::clone(&in_use));
         async move {
+            let _in_use = in_use;
             if run.is_empty() {
                 return Ok(None);
             }
@@ -163,9 +180,11 @@ fn made(frames: Arc<Frames>, run: Range<u32>) -> ByteStream {
 /// All frames from 0 on as they come, until the ingest is over.
 fn followed(frames: Arc<Frames>, phase: watch::Receiver<Phase>) -> ByteStream {
     let front = frames.front();
+    let in_use = Arc::new(frames.in_use(0..u32::MAX));
     stream::try_unfold((0, front, phase), move |(next, mut front, mut phase)| {
-        let frames = Arc::clone(&frames);
+        let (frames, in_use) = (Arc::clone(&frames), Arc::clone(&in_use));
         async move {
+            let _in_use = in_use;
             loop {
                 // The phase is looked at first: what was there when the ingest was over is all there is.
                 let end = match &*phase.borrow_and_update() {

@@ -9,12 +9,15 @@
 //! | `indexes/HEX/{header,entries,chunk_digests,spans}` | its index; `docs/index-format.md` |
 //! | `indexes/HEX/signature` | signature and certificate chain ([`Signed::encode`]) |
 //! | `incoming/HEX/{blob,wire,index}` | an ingest under way |
+//! | `unsupported/HEX` | why the layer cannot be lazy, as this version of the program found |
 //!
 //! HEX is the blob's digest. A layer is known when its directory in `indexes` is there: blob and wire forms are synced and
 //! moved into place before it. A crash leaves an `incoming` directory, whose blob the next ingest goes on with.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -30,6 +33,10 @@ const VERSION: u32 = 1;
 const INCOMING_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The most bytes that `signature` and `certificates` may have.
 const SIGNED_BYTES_MAX: u64 = 256 << 10;
+
+/// The most layers that are remembered as not lazy, and characters of a reason.
+const UNSUPPORTED_MAX: usize = 10_000;
+const UNSUPPORTED_CHARS_MAX: usize = 1000;
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -86,12 +93,14 @@ impl Store {
         }
         let store = Self { root: root.to_owned(), _lock: lock };
         store.check_version()?;
-        for name in ["blobs", "wire", "indexes", "incoming"] {
+        for name in ["blobs", "wire", "indexes", "incoming", "unsupported"] {
             let path = root.join(name);
             fs::create_dir_all(&path).map_err(|error| io_error(&path, error))?;
         }
         let incoming = root.join("incoming");
         store.tidy_incoming().map_err(|error| io_error(&incoming, error))?;
+        let unsupported = root.join("unsupported");
+        store.tidy_unsupported().map_err(|error| io_error(&unsupported, error))?;
         Ok(store)
     }
 
@@ -190,6 +199,62 @@ impl Store {
         incoming.remove()
     }
 
+    /// Every blob of which something takes disk: the bytes, and when it was used last.
+    pub fn found(&self) -> io::Result<Vec<(Digest, u64, SystemTime)>> {
+        let mut blobs = BTreeSet::new();
+        for name in ["blobs", "wire", "indexes", "incoming"] {
+            for entry in fs::read_dir(self.root.join(name))? {
+                blobs.extend(entry?.file_name().to_str().and_then(|name| Digest::from_hex(name).ok()));
+            }
+        }
+        let used = |blob: Digest| {
+            let noted = fs::metadata(self.index_path(blob)).and_then(|metadata| metadata.modified());
+            noted.unwrap_or(SystemTime::UNIX_EPOCH)
+        };
+        Ok(blobs.into_iter().map(|blob| (blob, self.disk_bytes(blob), used(blob))).collect())
+    }
+
+    /// Bytes that the files of `blob` take on the disk.
+    pub fn disk_bytes(&self, blob: Digest) -> u64 {
+        let incoming = self.root.join("incoming").join(blob.hex());
+        [self.blob_path(blob), self.wire_path(blob), self.index_path(blob), incoming]
+            .iter()
+            .map(|path| allocated(path, 3))
+            .sum()
+    }
+
+    /// Notes on disk that the layer is used now.
+    pub fn note_use(&self, blob: Digest) -> io::Result<()> {
+        File::open(self.index_path(blob))?.set_modified(SystemTime::now())
+    }
+
+    /// Removes what an ingest left that broke off; gives whether there was something.
+    pub fn drop_incoming(&self, blob: Digest) -> io::Result<bool> {
+        let path = self.root.join("incoming").join(blob.hex());
+        let is_there = path.exists();
+        remove_directory(&path)?;
+        Ok(is_there)
+    }
+
+    /// Removes the wire forms of a layer that nobody has open.
+    pub fn drop_wire(&self, blob: Digest) -> io::Result<()> {
+        remove_directory(&self.wire_path(blob))
+    }
+
+    /// Remembers why a layer cannot be lazy.
+    pub fn note_unsupported(&self, blob: Digest, reason: &str) -> io::Result<()> {
+        let reason: String = reason.chars().take(UNSUPPORTED_CHARS_MAX).collect();
+        fs::write(self.unsupported_path(blob), format!("{}\n{reason}\n", env!("CARGO_PKG_VERSION")))
+    }
+
+    /// Why a layer cannot be lazy, if this version of the program found so.
+    pub fn unsupported(&self, blob: Digest) -> Option<String> {
+        let bytes = read_small(&self.unsupported_path(blob), 4 * UNSUPPORTED_CHARS_MAX as u64 + 100).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
+        let (version, reason) = text.split_once('\n')?;
+        (version == env!("CARGO_PKG_VERSION")).then(|| reason.trim_end().to_owned())
+    }
+
     /// Forgets a layer whose files are not right, so that it is ingested again.
     pub fn forget(&self, blob: Digest) -> io::Result<()> {
         remove_directory(&self.index_path(blob))?;
@@ -199,6 +264,22 @@ impl Store {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+
+    fn unsupported_path(&self, blob: Digest) -> PathBuf {
+        self.root.join("unsupported").join(blob.hex())
+    }
+
+    /// Keeps the latest.
+    fn tidy_unsupported(&self) -> io::Result<()> {
+        let mut notes = Vec::new();
+        for entry in fs::read_dir(self.root.join("unsupported"))? {
+            let entry = entry?;
+            notes.push((entry.metadata()?.modified()?, entry.path()));
+        }
+        notes.sort();
+        let old = notes.len().saturating_sub(UNSUPPORTED_MAX);
+        notes.into_iter().take(old).try_for_each(|(_, path)| fs::remove_file(path))
     }
 
     fn index_path(&self, blob: Digest) -> PathBuf {
@@ -282,6 +363,21 @@ impl IncomingBlob {
     pub fn remove(&self) -> io::Result<()> {
         remove_directory(&self.directory)
     }
+}
+
+/// Bytes that a file, or a directory and `depth` levels below it, takes on the disk.
+fn allocated(path: &Path, depth: usize) -> u64 {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return 0 };
+    let below = || -> u64 {
+        let Ok(entries) = fs::read_dir(path) else { return 0 };
+        entries.flatten().map(|entry| allocated(&entry.path(), depth - 1)).sum()
+    };
+    metadata.blocks() * 512 + if metadata.is_dir() && depth > 0 { below() } else { 0 }
+}
+
+/// Bytes that all files below `root` take on the disk, as `du` counts them.
+pub fn disk_use(root: &Path) -> u64 {
+    allocated(root, 4)
 }
 
 fn read_index(directory: &Path, blob: Digest) -> io::Result<StoredIndex> {

@@ -1,3 +1,5 @@
+mod quota;
+
 use std::io::Write;
 use std::process::{Command, Stdio};
 
@@ -77,6 +79,10 @@ pub(crate) fn registry_client(registry: &FakeRegistry) -> registry::Client {
 }
 
 pub(crate) fn ingester(root: &std::path::Path, registry: &FakeRegistry, security: &Security) -> Ingester {
+    ingester_with(root, registry, security, Options { encode_threads: 2, ..Options::default() })
+}
+
+fn ingester_with(root: &std::path::Path, registry: &FakeRegistry, security: &Security, options: Options) -> Ingester {
     // The tasks of an ingester that was just dropped may hold the store for a moment.
     let deadline = Instant::now() + Duration::from_secs(10);
     let store = loop {
@@ -87,7 +93,6 @@ pub(crate) fn ingester(root: &std::path::Path, registry: &FakeRegistry, security
             opened => break opened.unwrap(),
         }
     };
-    let options = Options { encode_threads: 2, ..Options::default() };
     Ingester::new(store, registry_client(registry), security.signer().unwrap(), options).unwrap()
 }
 
