@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use parking_lot::RwLock;
 use redb::{Database, ReadableDatabase as _, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::error::{OpenError, StoreError};
@@ -34,7 +35,9 @@ const RELEASED: TableDefinition<u64, &[u8]> = TableDefinition::new("released");
 /// The open file.
 #[derive(Debug)]
 pub struct Records {
-    database: Database,
+    path: PathBuf,
+    /// `None` after a failure of the disk, until the file could be opened again.
+    database: RwLock<Option<Database>>,
 }
 
 /// A snapshot that is to be created as an active one or a view.
@@ -77,36 +80,25 @@ pub struct ReleasedRecord {
 impl Records {
     /// Opens or creates the file at `path`. A file that was not closed is repaired; every page's checksum is verified.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        let failed = |error: redb::Error| OpenError::Records { path: path.to_owned(), source: Box::new(error) };
-        let database =
-            Database::builder().set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true).create(path).map_err(
-                |error| match error {
-                    redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
-                    error => failed(error.into()),
-                },
-            )?;
-        let found = initialise(&database).map_err(failed)?;
-        if found > FORMAT {
-            return Err(OpenError::NewerFormat { path: PathBuf::from(path), found, supported: FORMAT });
-        }
-        Ok(Self { database })
+        let database = open_database(path)?;
+        Ok(Self { path: path.to_owned(), database: RwLock::new(Some(database)) })
     }
 
     /// The smallest id that no record ever had.
     pub fn next_id(&self) -> Result<u64, StoreError> {
-        let meta = self.database.begin_read()?.open_table(META)?;
+        let meta = self.with(|database| Ok(database.begin_read()?.open_table(META)?))?;
         Ok(meta.get(NEXT_ID)?.map_or(1, |next| next.value()))
     }
 
     /// The record of `key`.
     pub fn get(&self, key: &str) -> Result<Record, StoreError> {
-        let table = self.database.begin_read()?.open_table(SNAPSHOTS)?;
+        let table = self.with(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?))?;
         find(&table, key)?.ok_or_else(|| StoreError::NotFound { key: key.to_owned() })
     }
 
     /// The record of `key` and of all below it.
     pub fn chain(&self, key: &str) -> Result<Chain, StoreError> {
-        let table = self.database.begin_read()?.open_table(SNAPSHOTS)?;
+        let table = self.with(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?))?;
         let record = find(&table, key)?.ok_or_else(|| StoreError::NotFound { key: key.to_owned() })?;
         let ancestors = ancestors(&table, key, record.parent.as_deref())?;
         Ok(Chain { record, ancestors })
@@ -114,14 +106,14 @@ impl Records {
 
     /// The committed snapshot `parent` and all below it, nearest first; empty where `parent` is `None`.
     pub fn parents(&self, parent: Option<&str>) -> Result<Vec<Record>, StoreError> {
-        let table = self.database.begin_read()?.open_table(SNAPSHOTS)?;
+        let table = self.with(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?))?;
         committed_parent(&table, parent)?;
         ancestors(&table, parent.unwrap_or_default(), parent)
     }
 
     /// All snapshots that `wanted` lets through, in the order of their keys.
     pub fn list(&self, mut wanted: impl FnMut(&Snapshot) -> bool) -> Result<Vec<Snapshot>, StoreError> {
-        let table = self.database.begin_read()?.open_table(SNAPSHOTS)?;
+        let table = self.with(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?))?;
         let mut found = Vec::new();
         for entry in table.iter()? {
             let (name, record) = entry?;
@@ -313,7 +305,7 @@ impl Records {
 
     /// The layers of removed lazy snapshots that were not [forgotten](Self::forget_released) yet.
     pub fn released(&self) -> Result<Vec<ReleasedRecord>, StoreError> {
-        let table = self.database.begin_read()?.open_table(RELEASED)?;
+        let table = self.with(|database| Ok(database.begin_read()?.open_table(RELEASED)?))?;
         let mut released = Vec::new();
         for entry in table.iter()? {
             let (id, backing) = entry?;
@@ -332,11 +324,47 @@ impl Records {
     }
 
     fn write<T>(&self, change: impl FnOnce(&WriteTransaction) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        let transaction = self.database.begin_write()?;
-        // A dropped transaction is rolled back.
-        let result = change(&transaction)?;
-        transaction.commit()?;
-        Ok(result)
+        self.with(|database| {
+            let transaction = database.begin_write()?;
+            // A dropped transaction is rolled back.
+            let result = change(&transaction)?;
+            transaction.commit()?;
+            Ok(result)
+        })
+    }
+
+    /// Runs `work` on the open database. After a failure of the disk redb answers nothing any more until the file is opened again
+    /// (`StorageError::PreviousIo`), so that is done: a disk that was full for a moment must not stop the daemon.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        if self.database.read().is_none() {
+            let mut database = self.database.write();
+            if database.is_none() {
+                self.reopen(&mut database)?;
+            }
+        }
+        let result = match &*self.database.read() {
+            Some(open) => work(open),
+            None => Err(redb::StorageError::DatabaseClosed.into()),
+        };
+        if let Err(StoreError::Records(error)) = &result
+            && matches!(**error, redb::Error::Io(_) | redb::Error::PreviousIo)
+        {
+            tracing::error!(path = %self.path.display(), %error, "cannot use the snapshot records: opening them again");
+            // If that fails too, the next call tries again; what failed now is the answer in any case.
+            let _ = self.reopen(&mut self.database.write());
+        }
+        result
+    }
+
+    fn reopen(&self, database: &mut Option<Database>) -> Result<(), StoreError> {
+        *database = None;
+        match open_database(&self.path) {
+            Ok(opened) => *database = Some(opened),
+            Err(OpenError::Records { source, .. }) => return Err(StoreError::Records(source)),
+            // A read that is under way still has the file: the next call tries again.
+            Err(_) => return Err(redb::StorageError::DatabaseClosed.into()),
+        }
+        Ok(())
     }
 }
 
@@ -353,6 +381,28 @@ pub enum LazyCommitOutcome {
 }
 
 const NEXT_ID: &str = "next_id";
+
+fn open_database(path: &Path) -> Result<Database, OpenError> {
+    let failed = |error: redb::Error| OpenError::Records { path: path.to_owned(), source: Box::new(error) };
+    let database =
+        Database::builder().set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true).create(path).map_err(
+            |error| match error {
+                redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+                error => failed(error.into()),
+            },
+        )?;
+    let found = initialise(&database).map_err(failed)?;
+    if found > FORMAT {
+        return Err(OpenError::NewerFormat { path: PathBuf::from(path), found, supported: FORMAT });
+    }
+    // The file is sparse at first. With blocks below all of it a removal needs no new one, so that removing images helps
+    // on a full disk. What cannot be had now was not needed yet.
+    let _ = std::fs::OpenOptions::new().write(true).open(path).and_then(|file| {
+        let len = file.metadata()?.len();
+        Ok(rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 0, len)?)
+    });
+    Ok(database)
+}
 
 /// Makes the tables of a new file; gives the file's format.
 fn initialise(database: &Database) -> Result<u64, redb::Error> {
@@ -604,9 +654,12 @@ mod tests {
     fn a_newer_format_is_refused_and_untouched() {
         let (directory, records) = open();
         committed(&records, "base", None);
-        let transaction = records.database.begin_write().expect("begins");
-        transaction.open_table(META).expect("opens").insert("format", FORMAT + 1).expect("inserts");
-        transaction.commit().expect("commits");
+        records
+            .write(|transaction| {
+                transaction.open_table(META)?.insert("format", FORMAT + 1)?;
+                Ok(())
+            })
+            .expect("writes");
         drop(records);
         let path = directory.path().join("snapshots.redb");
         let error = Records::open(&path).expect_err("is refused");
