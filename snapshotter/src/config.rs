@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use node::config::{ConfigError, RegistriesConfig, SecurityConfig, SeederAddresses};
+use node::config::{CacheConfig, ConfigError, RegistriesConfig, SecurityConfig, SeederAddresses};
 use serde::Deserialize;
 
 /// Where the configuration is read from unless the command line says otherwise.
@@ -39,6 +39,9 @@ pub struct Config {
     /// Registries by host, for reads that no seeder answers.
     #[serde(default)]
     pub registry: RegistriesConfig,
+    /// How much of the disk the layers may take.
+    #[serde(default)]
+    pub cache: CacheConfig,
     /// Reads of containers.
     #[serde(default)]
     pub read: ReadConfig,
@@ -199,7 +202,7 @@ mod tests {
     #[test]
     fn every_key_is_documented() {
         let documented = documented();
-        for table in ["", "containerd", "seeder", "read", "prepare", "fill", "registry.x"] {
+        for table in ["", "containerd", "seeder", "read", "prepare", "fill", "cache", "registry.x"] {
             let header = if table.is_empty() { String::new() } else { format!("[{table}]\n") };
             let text = if table.is_empty() {
                 "nonsense = 1".into()

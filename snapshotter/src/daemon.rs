@@ -65,6 +65,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let node = Node::open(NodeConfig {
+        cache: config.cache,
         read_deadline: config.read.deadline,
         fill: config.fill.enabled,
         fill_rate: config.fill.rate.as_u64(),
@@ -101,6 +102,7 @@ pub async fn serve(
         let sweeper = sweeper.clone();
         async move { sweeper.run().await }
     });
+    tokio::spawn(layers.clone().sweep_orphans());
     handed.listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(handed.listener)?;
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();

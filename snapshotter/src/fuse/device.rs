@@ -24,6 +24,11 @@ pub trait Devices: Send + Sync + 'static {
     /// All devices, in any order.
     fn list(&self) -> Vec<(OsString, NodeId)>;
 
+    /// Bytes that the devices take on the disk, and bytes that they may still take.
+    fn disk_use(&self) -> (u64, u64) {
+        (0, 0)
+    }
+
     /// Reads `size` bytes (not 0, at most 1 MiB) at `offset`, which the device has. The answer must have exactly that
     /// many. Called on a thread that reads requests: what takes longer than a copy from the page cache is parked
     /// ([`Reply::park`]).
@@ -46,6 +51,9 @@ pub struct DeviceMount<D>(pub D);
 /// Seconds for which the kernel may keep the attributes of a device: about for ever, as they never change.
 const ATTRIBUTES_VALID: u64 = u32::MAX as u64;
 
+/// Unit of `statfs`.
+const BLOCK: u64 = 4096;
+
 const DIRECTORY_MODE: u32 = nix::libc::S_IFDIR | 0o700;
 const FILE_MODE: u32 = nix::libc::S_IFREG | 0o400;
 const KIND_DIRECTORY: u32 = nix::libc::DT_DIR as u32;
@@ -66,7 +74,18 @@ impl<D: Devices> Handler for DeviceMount<D> {
             Operation::ReleaseDirectory | Operation::Release => reply.bytes(&[]),
             Operation::StatFs => {
                 let files = u64::try_from(self.0.list().len()).unwrap_or(u64::MAX);
-                reply.structure(&StatfsOut { files, bsize: 4096, frsize: 4096, namelen: 255, ..StatfsOut::default() });
+                let (taken, free) = self.0.disk_use();
+                let (taken, free) = (taken.div_ceil(BLOCK), free / BLOCK);
+                reply.structure(&StatfsOut {
+                    blocks: taken + free,
+                    bfree: free,
+                    bavail: free,
+                    files,
+                    bsize: BLOCK as u32,
+                    frsize: BLOCK as u32,
+                    namelen: 255,
+                    ..StatfsOut::default()
+                });
             }
             Operation::Modify => reply.failure(Failure::ReadOnly),
             Operation::Flush | Operation::Other => reply.failure(Failure::Unsupported),

@@ -39,6 +39,11 @@ impl Devices for LayerDevices {
             .collect()
     }
 
+    fn disk_use(&self) -> (u64, u64) {
+        let used = self.0.disk_use();
+        (used.taken, used.free)
+    }
+
     fn read(&self, node: NodeId, offset: u64, size: u32, reply: Reply) {
         let Some(layer) = self.layer(node) else {
             return reply.failure(Failure::Stale);

@@ -204,8 +204,9 @@ impl ImageLayers {
         let commit = move || -> Result<(), Decline> {
             let lowers = || store.lowers(parent_name.as_deref()).map_err(|error| error.to_string());
             mounts.attach(target, &layer, lowers)?;
-            let usage =
-                Usage { size_bytes: layer.header().device_size(), inodes: u64::from(layer.header().entry_count()) };
+            // Containerd reads it once and keeps it: what the layer takes unpacked, not what is here of it now.
+            let unpacked = layer.unpacked().map_err(|error| Decline::Record(error.to_string()))?;
+            let usage = Usage { size_bytes: unpacked.bytes, inodes: unpacked.inodes };
             let commit = LazyCommit { target: &name, parent: parent_name.as_deref(), labels, backing, usage };
             store.commit_lazy(&hold, commit).map_err(|error| Decline::Record(error.to_string()))?;
             Ok(())

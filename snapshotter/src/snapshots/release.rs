@@ -48,6 +48,18 @@ pub struct Release {
     _releasing: Releasing,
 }
 
+/// A layer that no snapshot names. Until it is dropped, nobody can hold the layer.
+#[derive(Debug)]
+pub struct OrphanRelease {
+    _releasing: Releasing,
+}
+
+impl OrphanRelease {
+    pub(super) fn new(releasing: Releasing) -> Self {
+        Self { _releasing: releasing }
+    }
+}
+
 impl Release {
     pub(super) fn new(
         id: u64,

@@ -18,7 +18,7 @@ use super::id_maps::IdMaps;
 use super::mounts::{self, LayerMounts, Mount, OverlayOptions, fits_options};
 use super::record::{Backing, Kind, Labels, LazyBacking, Snapshot, Usage};
 use super::records::{LazyCommitOutcome, NewSnapshot, Records, ReleasedRecord};
-use super::release::{LayerHold, LayersInUse, Release};
+use super::release::{LayerHold, LayersInUse, OrphanRelease, Release};
 use super::usage::disk_usage;
 
 /// Label with the chain id under which containerd wants to find a snapshot again.
@@ -26,6 +26,7 @@ pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 
 /// All snapshots below one root.
 pub struct Store {
+    root: PathBuf,
     records: Records,
     directories: Directories,
     layers: Arc<dyn LayerMounts>,
@@ -87,6 +88,7 @@ impl Store {
         let records = Records::open(&root.join("snapshots.redb"))?;
         let next_id = AtomicU64::new(records.next_id().map_err(OpenError::Recover)?);
         let store = Self {
+            root: root.to_owned(),
             records,
             directories,
             layers,
@@ -290,6 +292,24 @@ impl Store {
             false
         })?;
         Ok(Some(Release::new(*id, backing.clone(), (chain_in_use, layer_in_use), releasing)))
+    }
+
+    /// Keeps snapshots from being made of a layer that none names, to free it; `None` where one names it or is being made.
+    pub fn begin_orphan(&self, diff_id: Digest) -> Result<Option<OrphanRelease>, StoreError> {
+        let Some(releasing) = self.layers_in_use.release(diff_id) else { return Ok(None) };
+        let mut is_named = false;
+        self.records.list(|snapshot| {
+            is_named |= matches!(&snapshot.record.backing, Backing::Lazy(backing) if backing.diff_id == diff_id);
+            false
+        })?;
+        Ok((!is_named).then(|| OrphanRelease::new(releasing)))
+    }
+
+    /// Bytes that everything below the root takes on the disk, as `du` counts them. Walks all of it.
+    pub fn disk_bytes(&self) -> Result<u64, StoreError> {
+        let usage = disk_usage(&self.root);
+        let failed = |source| StoreError::Directory { action: "count the usage of", path: self.root.clone(), source };
+        Ok(usage.map_err(failed)?.size_bytes)
     }
 
     /// Notes that the layer was let go.

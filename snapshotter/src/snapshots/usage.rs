@@ -101,6 +101,54 @@ mod tests {
     }
 
     #[test]
+    fn counts_as_du_does_and_as_an_unpacked_layer_is_told() {
+        use layer::entry::{Entry, Kind, Mtime};
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let root = directory.path().join("root");
+        let mut entries = Vec::new();
+        let mut add = |path: &str, kind: Kind| {
+            let place = root.join(path);
+            match &kind {
+                Kind::Directory { .. } => fs::create_dir(&place).expect("creates"),
+                Kind::Regular { size, .. } => fs::write(&place, vec![7; *size as usize]).expect("writes"),
+                Kind::Symlink { target } => symlink(std::str::from_utf8(target).unwrap(), &place).expect("links"),
+                Kind::HardLink { target } => {
+                    fs::hard_link(root.join(std::str::from_utf8(target).unwrap()), &place).expect("links");
+                }
+                _ => panic!(),
+            }
+            let path = path.as_bytes().to_vec();
+            entries.push(Entry {
+                path,
+                kind,
+                mode: 0o755,
+                uid: 0,
+                gid: 0,
+                mtime: Mtime::default(),
+                xattrs: Vec::new(),
+            });
+        };
+        add("", Kind::Directory { opaque: false });
+        add("bin", Kind::Directory { opaque: false });
+        for number in 0..300 {
+            let size = number * 977;
+            add(&format!("bin/program-with-a-name-of-some-length-{number:03}"), Kind::Regular { offset: 0, size });
+        }
+        add("lib", Kind::Directory { opaque: false });
+        add("lib/long", Kind::Symlink { target: vec![b'x'; 100] });
+        add("lib/other", Kind::HardLink { target: b"bin/program-with-a-name-of-some-length-299".to_vec() });
+        add("lib/short", Kind::Symlink { target: b"other".to_vec() });
+        let told = layer::tree::Tree::validate(entries, 1 << 20).expect("is a tree").unpacked();
+
+        let counted = disk_usage(&root).expect("counts");
+        let du = std::process::Command::new("du").args(["-s", "--block-size=1"]).arg(&root).output().expect("du runs");
+        let du: u64 = String::from_utf8_lossy(&du.stdout).split_whitespace().next().unwrap().parse().unwrap();
+        assert_eq!(counted.size_bytes, du);
+        assert_eq!(told.inodes, counted.inodes);
+        assert!(told.bytes.abs_diff(du) * 100 <= du, "{} told, {du} counted", told.bytes);
+    }
+
+    #[test]
     fn a_missing_directory_is_an_error() {
         assert!(disk_usage(Path::new("/nonexistent/directory")).is_err());
     }

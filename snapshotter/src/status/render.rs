@@ -14,7 +14,9 @@ pub fn render(status: &StatusResponse, layers: bool) -> String {
 }
 
 fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt::Result {
-    writeln!(out, "drover-snapshotter {}, {} on disk", status.version, size(status.bytes_here))?;
+    let most = if status.bytes_max > 0 { format!(" of at most {}", size(status.bytes_max)) } else { String::new() };
+    let (disk, devices) = (size(status.disk_bytes), size(status.bytes_here));
+    writeln!(out, "drover-snapshotter {}, {disk} on disk, {devices}{most} in the devices of layers", status.version)?;
     if !status.not_lazy.is_empty() {
         writeln!(out, "no layer can be lazy on this node: {}", status.not_lazy)?;
     }
@@ -124,8 +126,11 @@ mod tests {
             images: vec![Image { name: "registry/demo:v1".into(), layers: vec![lazy, ordinary] }],
             bytes_here: 1 << 20,
             not_lazy: String::new(),
+            bytes_max: 8 << 20,
+            disk_bytes: 2 << 20,
         };
         let text = render(&status, false);
+        assert!(text.contains("2.0 MiB on disk, 1.0 MiB of at most 8.0 MiB in the devices"), "{text}");
         assert!(
             text.contains("partial: 1 of 2 layers lazy, 1.0 MiB of 4.0 MiB here (512.0 KiB from seeder)"),
             "{text}"

@@ -55,10 +55,13 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
         })
         .collect();
     images.sort_by(|left, right| left.name.cmp(&right.name));
+    let used = layers.node.disk_use();
     Ok(api::StatusResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         images,
-        bytes_here: layers.node.layers().iter().map(|layer| layer.bytes_here()).sum(),
+        bytes_here: used.taken,
+        bytes_max: if used.limit == u64::MAX { 0 } else { used.limit },
+        disk_bytes: layers.store.disk_bytes()?,
         not_lazy: layers.not_lazy.clone().unwrap_or_default(),
     })
 }
@@ -79,7 +82,7 @@ fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
         return shown;
     };
     shown.device_size = layer.header().device_size();
-    shown.bytes_here = layer.bytes_here();
+    shown.bytes_here = layer.disk_bytes();
     let counters = layer.counters();
     shown.bytes_by_source = counters
         .wire_bytes()
