@@ -62,7 +62,7 @@ async fn ingest(config: Config, args: &IngestArgs) -> anyhow::Result<()> {
     let bars = MultiProgress::new();
     let mut failed = 0;
     for image in &args.images {
-        let resolved = registry.image(image, &args.architecture).await?;
+        let resolved = registry.image(image, &args.architecture.as_str().into()).await?;
         bars.println(format!("{image}: {} layers", resolved.layers.len()))?;
         let layers = resolved.layers.iter().map(|blob| async {
             let bar = bars.add(bar(blob));

@@ -3,12 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
+use bytes::{Bytes, BytesMut};
 use layer::Digest;
 use oci_spec::distribution::Reference;
-use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, Platform};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::Deserialize;
 
-use super::client::{Client, Manifest, RegistryError};
+use super::client::{Client, MANIFEST_BYTES_MAX, Manifest, RegistryError};
 use crate::source::BlobRef;
 
 /// How many indexes may stand between a reference and its manifest: one is usual, an index of indexes is legal.
@@ -61,8 +62,104 @@ pub enum ImageError {
 pub struct Image {
     /// Digest of the platform's manifest.
     pub manifest: Digest,
+    /// The configuration.
+    pub config: BlobRef,
     /// The layers, bottom first.
     pub layers: Vec<BlobRef>,
+    /// What was read on the way: indexes, then the manifest. Not empty.
+    pub documents: Vec<Manifest>,
+}
+
+/// A platform that an image may be of. Always Linux.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// OCI's name, like `amd64`.
+    pub architecture: String,
+    /// Like `v7`; empty where none is asked for.
+    pub variant: String,
+}
+
+/// A text is no platform.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no platform: want linux/ARCHITECTURE or linux/ARCHITECTURE/VARIANT, like linux/arm64")]
+pub struct PlatformError(String);
+
+impl Platform {
+    /// This machine's.
+    pub fn host() -> Self {
+        host_architecture().into()
+    }
+
+    /// The variants that run on it, best first (containerd/platforms, `normalizeArch` and `platformVector`).
+    fn variants(&self) -> Vec<&str> {
+        let (all, default): (&[&str], &str) = match self.architecture.as_str() {
+            "amd64" => (&["v4", "v3", "v2", "v1"], "v1"),
+            "arm64" => (&["v9", "v8"], "v8"),
+            "arm" => (&["v8", "v7", "v6", "v5"], "v7"),
+            _ => (&[], ""),
+        };
+        let wanted = if self.variant.is_empty() { default } else { self.variant.as_str() };
+        let mut variants: Vec<&str> = all.iter().copied().skip_while(|variant| *variant != wanted).collect();
+        if variants.is_empty() && !wanted.is_empty() {
+            variants.push(wanted);
+        }
+        // An image without variant is of the baseline.
+        let baseline = variants.iter().position(|variant| ["v1", "v8"].contains(variant) && self.architecture != "arm");
+        match baseline {
+            Some(at) => variants.insert(at, ""),
+            None if self.variant.is_empty() => variants.insert(0, ""),
+            None => variants.push(""),
+        }
+        variants
+    }
+}
+
+impl From<&str> for Platform {
+    /// The platform of an architecture without variant.
+    fn from(architecture: &str) -> Self {
+        Self { architecture: architecture.to_owned(), variant: String::new() }
+    }
+}
+
+impl FromStr for Platform {
+    type Err = PlatformError;
+
+    fn from_str(text: &str) -> Result<Self, PlatformError> {
+        let mut parts = text.split('/');
+        let (os, architecture, variant) = (parts.next(), parts.next(), parts.next().unwrap_or_default());
+        match (os, architecture, parts.next()) {
+            (Some("linux"), Some(architecture), None) if !architecture.is_empty() => {
+                Ok(Self { architecture: architecture.to_owned(), variant: variant.to_owned() })
+            }
+            _ => Err(PlatformError(text.chars().take(100).collect())),
+        }
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "linux/{}", self.architecture)?;
+        if self.variant.is_empty() { Ok(()) } else { write!(f, "/{}", self.variant) }
+    }
+}
+
+impl Image {
+    /// The manifest's text.
+    pub fn document(&self) -> Option<&Manifest> {
+        self.documents.last()
+    }
+}
+
+impl ImageRef {
+    /// Registry host with port.
+    pub fn registry(&self) -> &str {
+        self.0.registry()
+    }
+
+    /// Repository in it.
+    pub fn repository(&self) -> &str {
+        self.0.repository()
+    }
 }
 
 impl FromStr for ImageRef {
@@ -81,28 +178,51 @@ impl fmt::Display for ImageRef {
 }
 
 impl Client {
-    /// Resolves `image` to the layers of its manifest for Linux on `architecture` (OCI's name of it; see
-    /// [`host_architecture`]).
-    pub async fn image(&self, image: &ImageRef, architecture: &str) -> Result<Image, ImageError> {
+    /// Resolves `image` to the manifest of `platform` and its layers.
+    pub async fn image(&self, image: &ImageRef, platform: &Platform) -> Result<Image, ImageError> {
         let reference = &image.0;
         let (registry, repository) = (reference.registry(), reference.repository());
         let wanted = reference.digest().or(reference.tag()).unwrap_or("latest");
         let mut found = self.manifest(registry, repository, wanted).await?;
+        let mut documents = Vec::new();
         for _ in 0..INDEX_DEPTH_MAX {
-            if !is_index(&found) {
-                return layers(image, &found);
+            let is_index = complete_media_type(&mut found);
+            documents.push(found.clone());
+            if !is_index {
+                return layers(image, &found, documents);
             }
             let wrong = |reason: String| wrong(image, &found, reason);
             let index = ImageIndex::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
-            let chosen = choose(index.manifests(), architecture).ok_or_else(|| ImageError::Platform {
+            let chosen = choose(index.manifests(), platform).ok_or_else(|| ImageError::Platform {
                 image: image.to_string(),
-                platform: format!("linux/{architecture}"),
+                platform: platform.to_string(),
                 offered: offered(index.manifests()),
             })?;
             let digest = digest(chosen).map_err(wrong)?;
             found = self.manifest(registry, repository, &digest.to_string()).await?;
         }
         Err(wrong(image, &found, format!("more than {INDEX_DEPTH_MAX} indexes in a row")))
+    }
+
+    /// The text of the image's configuration, checked.
+    pub async fn config(&self, image: &Image) -> Result<Bytes, ImageError> {
+        let mut body = self.blob(&image.config, 0, None).await?;
+        let wrong = |reason: &str| ImageError::Manifest {
+            image: image.config.to_string(),
+            digest: image.manifest,
+            reason: format!("its configuration {reason}"),
+        };
+        let mut text = BytesMut::new();
+        while let Some(bytes) = body.next().await? {
+            text.extend_from_slice(&bytes);
+            if text.len() > MANIFEST_BYTES_MAX {
+                return Err(wrong(&format!("is larger than {MANIFEST_BYTES_MAX} bytes")));
+            }
+        }
+        match Digest::of(&text) == image.config.digest {
+            true => Ok(text.freeze()),
+            false => Err(wrong("came with another digest")),
+        }
     }
 }
 
@@ -122,7 +242,12 @@ fn wrong(image: &ImageRef, found: &Manifest, reason: String) -> ImageError {
     ImageError::Manifest { image: image.to_string(), digest: found.digest, reason }
 }
 
-fn is_index(found: &Manifest) -> bool {
+/// Gives `found` the media type of its own text, which counts more than what the registry says. Whether it is an index.
+fn complete_media_type(found: &mut Manifest) -> bool {
+    const INDEXES: [&str; 2] =
+        ["application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json"];
+    const MANIFESTS: [&str; 2] =
+        ["application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"];
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Typed {
@@ -130,15 +255,23 @@ fn is_index(found: &Manifest) -> bool {
         manifests: Option<serde::de::IgnoredAny>,
     }
     let typed: Typed = serde_json::from_slice(&found.bytes).unwrap_or(Typed { media_type: None, manifests: None });
-    let media_type = typed.media_type.as_deref().unwrap_or(&found.media_type);
-    match media_type {
-        "application/vnd.oci.image.index.v1+json" | "application/vnd.docker.distribution.manifest.list.v2+json" => true,
-        "application/vnd.oci.image.manifest.v1+json" | "application/vnd.docker.distribution.manifest.v2+json" => false,
+    let claimed = typed.media_type.as_deref().unwrap_or(&found.media_type);
+    let claimed = claimed.split(';').next().unwrap_or_default().trim().to_owned();
+    let is_index = match claimed.as_str() {
+        claimed if INDEXES.contains(&claimed) => true,
+        claimed if MANIFESTS.contains(&claimed) => false,
         _ => typed.manifests.is_some(),
-    }
+    };
+    let known = INDEXES.contains(&claimed.as_str()) || MANIFESTS.contains(&claimed.as_str());
+    found.media_type = match (known, is_index) {
+        (true, _) => claimed,
+        (false, true) => INDEXES[0].to_owned(),
+        (false, false) => MANIFESTS[0].to_owned(),
+    };
+    is_index
 }
 
-fn layers(image: &ImageRef, found: &Manifest) -> Result<Image, ImageError> {
+fn layers(image: &ImageRef, found: &Manifest, documents: Vec<Manifest>) -> Result<Image, ImageError> {
     let wrong = |reason: String| wrong(image, found, reason);
     let manifest = ImageManifest::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
     if manifest.layers().len() > LAYERS_MAX {
@@ -155,28 +288,22 @@ fn layers(image: &ImageRef, found: &Manifest) -> Result<Image, ImageError> {
         })
     };
     let layers = manifest.layers().iter().map(blob).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
-    Ok(Image { manifest: found.digest, layers })
+    let config = blob(manifest.config()).map_err(wrong)?;
+    Ok(Image { manifest: found.digest, config, layers, documents })
 }
 
 fn digest(descriptor: &Descriptor) -> Result<Digest, String> {
     descriptor.digest().to_string().parse().map_err(|error: layer::digest::ParseDigestError| error.to_string())
 }
 
-/// The first manifest that containerd would choose on this machine: Linux, the architecture, and its baseline variant
-/// (containerd/platforms, `normalizeArch` and `platformVector`).
-fn choose<'a>(manifests: &'a [Descriptor], architecture: &str) -> Option<&'a Descriptor> {
-    let baseline: &[&str] = match architecture {
-        "amd64" => &["", "v1"],
-        "arm64" => &["", "v8"],
-        "arm" => &["", "v7", "v6", "v5"],
-        _ => &[""],
-    };
-    let fits = |platform: &Platform, variant: &str| {
+/// The first manifest that containerd would choose for `wanted`.
+fn choose<'a>(manifests: &'a [Descriptor], wanted: &Platform) -> Option<&'a Descriptor> {
+    let fits = |platform: &oci_spec::image::Platform, variant: &str| {
         platform.os().to_string() == "linux"
-            && platform.architecture().to_string() == architecture
+            && platform.architecture().to_string() == wanted.architecture
             && platform.variant().as_deref().unwrap_or_default() == variant
     };
-    baseline.iter().find_map(|variant| {
+    wanted.variants().into_iter().find_map(|variant| {
         manifests
             .iter()
             .find(|descriptor| descriptor.platform().as_ref().is_some_and(|platform| fits(platform, variant)))
@@ -184,7 +311,7 @@ fn choose<'a>(manifests: &'a [Descriptor], architecture: &str) -> Option<&'a Des
 }
 
 fn offered(manifests: &[Descriptor]) -> String {
-    let name = |platform: &Platform| {
+    let name = |platform: &oci_spec::image::Platform| {
         let variant = platform.variant().as_ref().map(|variant| format!("/{variant}")).unwrap_or_default();
         format!("{}/{}{variant}", platform.os(), platform.architecture())
     };
@@ -235,12 +362,19 @@ mod tests {
             descriptor("linux", "amd64", None),
         ];
         let at = |architecture: &str| {
-            choose(&manifests, architecture).and_then(|found| manifests.iter().position(|one| one == found))
+            choose(&manifests, &architecture.parse().unwrap())
+                .and_then(|found| manifests.iter().position(|one| one == found))
         };
-        assert_eq!(at("amd64"), Some(6));
-        assert_eq!(at("arm64"), Some(5));
-        assert_eq!(at("arm"), Some(4));
-        assert_eq!(at("s390x"), None);
+        assert_eq!(at("linux/amd64"), Some(6));
+        assert_eq!(at("linux/amd64/v3"), Some(2));
+        assert_eq!(at("linux/amd64/v2"), Some(6));
+        assert_eq!(at("linux/arm64"), Some(5));
+        assert_eq!(at("linux/arm"), Some(4));
+        assert_eq!(at("linux/arm/v6"), Some(3));
+        assert_eq!(at("linux/s390x"), None);
+        for odd in ["", "amd64", "windows/amd64", "linux/", "linux/arm/v7/x"] {
+            assert!(odd.parse::<Platform>().is_err(), "{odd}");
+        }
     }
 
     #[tokio::test]
@@ -267,12 +401,16 @@ mod tests {
         registry.put_manifest("team/app", Some("1"), list, &index);
         let client = Client::new(registry.config(), Options::default());
         let image: ImageRef = format!("{}/team/app:1", registry.host()).parse().unwrap();
-        let resolved = client.image(&image, "amd64").await.unwrap();
+        let resolved = client.image(&image, &"amd64".into()).await.unwrap();
         assert_eq!(resolved.manifest, inner);
+        let types: Vec<&str> = resolved.documents.iter().map(|document| document.media_type.as_str()).collect();
+        assert_eq!(types, [list, "application/vnd.docker.distribution.manifest.v2+json"]);
+        assert_eq!(resolved.config.digest, Digest::of(b"{}"));
+        assert!(matches!(client.config(&resolved).await, Err(ImageError::Registry(RegistryError::NotFound { .. }))));
         let layer = &resolved.layers[0];
         assert_eq!((layer.digest, layer.size, layer.repository.as_str()), (blob, 5, "team/app"));
         assert_eq!(layer.media_type, "application/vnd.docker.image.rootfs.diff.tar.gzip");
-        let error = client.image(&image, "s390x").await.unwrap_err().to_string();
+        let error = client.image(&image, &"s390x".into()).await.unwrap_err().to_string();
         assert!(error.contains("linux/s390x") && error.contains("linux/amd64"), "{error}");
     }
 }
