@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -61,8 +61,18 @@ pub struct LayerMounts {
     devices: PathBuf,
     helper: Helper,
     /// What is mounted, by directory name. Held while mounting, so that a chain is mounted once.
-    mounted: Mutex<HashSet<String>>,
+    mounted: Arc<Mutex<HashSet<String>>>,
+    /// Images that are not on disk for certain.
+    unsynced: mpsc::Sender<ChainId>,
 }
+
+/// Ends the names of images that a crash of the machine may have cut short: those would mount and lie. They are used
+/// as they are, are renamed once they are on disk, and are made again after a reboot. So no pull waits for the disk.
+const UNSYNCED: &str = "unsynced";
+const SYNCED: &str = "erofs";
+
+/// Layers with more paths give their memory back to the machine at once; that takes a millisecond.
+const TRIM_ENTRIES: u32 = 10_000;
 
 /// Ends the names of mounts over devices on disk. In the alphabet of no key.
 const DISK_SUFFIX: char = '~';
@@ -103,7 +113,22 @@ impl LayerMounts {
                 unmount(&mount.target).map_err(MountError::io(&mount.target))?;
             }
         }
-        Ok(Self { node, images, mounts, devices, helper: Helper { program, lock }, mounted: Mutex::new(mounted) })
+        if !adopted {
+            // The machine may have crashed.
+            for image in list(&images)? {
+                if image.extension().is_some_and(|extension| extension == UNSYNCED) {
+                    fs::remove_file(&image).map_err(MountError::io(&image))?;
+                }
+            }
+        }
+        let mounted = Arc::new(Mutex::new(mounted));
+        let (unsynced, chains) = mpsc::channel();
+        let syncer = Syncer { images: images.clone(), mounted: mounted.clone() };
+        std::thread::Builder::new()
+            .name("image sync".to_owned())
+            .spawn(move || chains.into_iter().for_each(|chain| syncer.sync(chain)))
+            .map_err(MountError::io(&images))?;
+        Ok(Self { node, images, mounts, devices, helper: Helper::new(program, lock), mounted, unsynced })
     }
 
     /// Mounts `layer` as `chain` unless it is mounted already, building its metadata image first where there is none.
@@ -122,19 +147,22 @@ impl LayerMounts {
             layer.set_filling(true);
             return Ok(());
         }
-        let image = self.image(chain);
-        if !image.exists() {
-            let built = self.build(chain, &image, layer, lowers().map_err(AttachError::Below)?);
+        if self.image(chain).is_none() {
+            let built = self.build(chain, layer, lowers().map_err(AttachError::Below)?);
             // The tree of a layer takes some hundred bytes a path, and no other allocation will need as much.
-            sys::trim_malloc();
+            if layer.header().entry_count() > TRIM_ENTRIES {
+                sys::trim_malloc();
+            }
             built?;
+            // The thread lives as long as this sender.
+            let _ = self.unsynced.send(chain);
         }
         let mut mounted = self.mounted.lock();
         if mounted.contains(&name) {
             return Ok(());
         }
         let mount = ErofsMount {
-            image,
+            image: self.image(chain).ok_or_else(|| MountError::Helper("the image was removed".to_owned()))?,
             device: self.devices.join(layer.header().diff_id().hex()),
             target: self.mounts.join(&name),
         };
@@ -154,6 +182,7 @@ impl LayerMounts {
         if mounted.contains(&name) {
             return Some(target);
         }
+        let image = self.image(chain)?;
         // Before the mount: a hole that is made in a mounted device is read as zeros.
         match layer.pin(&name) {
             Ok(true) => {}
@@ -163,7 +192,7 @@ impl LayerMounts {
                 return None;
             }
         }
-        let mount = ErofsMount { image: self.image(chain), device: layer.device_path(), target: target.clone() };
+        let mount = ErofsMount { image, device: layer.device_path(), target: target.clone() };
         let done = fs::create_dir_all(&target).map_err(MountError::io(&target)).and_then(|()| mount.mount());
         match done {
             Ok(()) => {
@@ -223,18 +252,24 @@ impl LayerMounts {
             mounted.remove(&name);
             fs::remove_dir(&target).map_err(MountError::io(&target))?;
         }
-        let image = self.image(chain);
-        match fs::remove_file(&image) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(MountError::io(&image)(error)),
-            _ => Ok(()),
+        for ending in [UNSYNCED, SYNCED] {
+            let image = image_path(&self.images, chain, ending);
+            match fs::remove_file(&image) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(MountError::io(&image)(error)),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     /// Detaches every chain that is none of `kept`. For the start, before any layer is attached.
     pub fn retain(&self, kept: &HashSet<ChainId>) -> Result<(), MountError> {
         let names: HashSet<String> =
             kept.iter().flat_map(|chain| [name(*chain, Over::Fuse), name(*chain, Over::Disk)]).collect();
-        let images: HashSet<PathBuf> = kept.iter().map(|chain| self.image(*chain)).collect();
+        let images: HashSet<PathBuf> = kept
+            .iter()
+            .flat_map(|chain| [UNSYNCED, SYNCED].map(|ending| image_path(&self.images, *chain, ending)))
+            .collect();
         let mut mounted = self.mounted.lock();
         for target in list(&self.mounts)? {
             let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -252,11 +287,13 @@ impl LayerMounts {
         Ok(())
     }
 
-    fn image(&self, chain: ChainId) -> PathBuf {
-        self.images.join(format!("{}.erofs", chain.digest().hex()))
+    /// The image of `chain`, if there is one. Its name may change unless [`Self::mounted`] is held.
+    fn image(&self, chain: ChainId) -> Option<PathBuf> {
+        [SYNCED, UNSYNCED].map(|ending| image_path(&self.images, chain, ending)).into_iter().find(|path| path.exists())
     }
 
-    fn build(&self, chain: ChainId, image: &Path, layer: &Arc<Layer>, lowers: Vec<PathBuf>) -> Result<(), AttachError> {
+    fn build(&self, chain: ChainId, layer: &Arc<Layer>, lowers: Vec<PathBuf>) -> Result<(), AttachError> {
+        let image = image_path(&self.images, chain, UNSYNCED);
         let tree = layer
             .tree()
             .map_err(|error| AttachError::Index { layer: layer.header().diff_id(), reason: error.to_string() })?;
@@ -266,16 +303,14 @@ impl LayerMounts {
             uuid: first_16(chain),
         };
         // The name is unique to this call: two prepares of one chain may build at once, and either image will do.
-        let failed = |reason: String| AttachError::Image { path: image.to_owned(), reason };
+        let failed = |reason: String| AttachError::Image { path: image.clone(), reason };
         let partial = tempfile_in(&self.images).map_err(|error| failed(error.to_string()))?;
         let result = (|| {
             let mut out = BufWriter::with_capacity(1 << 20, &partial.1);
             write_image(&tree, &options, &LowerRoots(lowers), &mut out).map_err(|error| error.to_string())?;
             out.flush().map_err(|error| error.to_string())?;
             drop(out);
-            // An image that a crash cut short would mount and lie: it is whole on disk before it has its name.
-            partial.1.sync_all().map_err(|error| error.to_string())?;
-            fs::rename(&partial.0, image).map_err(|error| error.to_string())
+            fs::rename(&partial.0, &image).map_err(|error| error.to_string())
         })();
         if result.is_err() {
             let _ = fs::remove_file(&partial.0);
@@ -298,6 +333,36 @@ impl crate::snapshots::LayerMounts for LayerMounts {
         let over_disk = layer.and_then(|layer| self.over_disk(backing.chain_id, &layer));
         Ok(over_disk.unwrap_or_else(|| self.mounts.join(over_fuse)))
     }
+}
+
+/// Brings images to the disk in the background.
+struct Syncer {
+    images: PathBuf,
+    mounted: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Syncer {
+    fn sync(&self, chain: ChainId) {
+        let (unsynced, synced) = (image_path(&self.images, chain, UNSYNCED), image_path(&self.images, chain, SYNCED));
+        let on_disk = File::open(&unsynced).and_then(|file| file.sync_all());
+        let renamed = on_disk.and_then(|()| {
+            // Nobody mounts it by its old name meanwhile.
+            let _mounted = self.mounted.lock();
+            fs::rename(&unsynced, &synced)
+        });
+        match renamed {
+            // The layer was removed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(image = %unsynced.display(), %error, "an image is not on disk for certain: it is made again after a reboot");
+            }
+            Ok(()) => {}
+        }
+    }
+}
+
+fn image_path(images: &Path, chain: ChainId, ending: &str) -> PathBuf {
+    images.join(format!("{}.{ending}", chain.digest().hex()))
 }
 
 fn list(directory: &Path) -> Result<Vec<PathBuf>, MountError> {
