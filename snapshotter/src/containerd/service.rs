@@ -16,7 +16,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 use tracing::{debug, error};
 
-use super::about::About;
+use super::about::{About, Version};
 use super::filter::Filter;
 use super::lazy::{LazyLayers, LazyOutcome, PrepareLazy};
 use super::status::ServiceError;
@@ -27,6 +27,10 @@ use crate::snapshots::{Creation, IdMaps, Kind, Labels, Mount, Snapshot, Store, S
 /// Snapshots in one message of `List`. Containerd's own service sends as many; its client takes messages of 16 MiB, a
 /// snapshot's labels are some KiB.
 const LIST_PAGE: usize = 100;
+
+/// Containerd before this shifts the ids of a directory, but not of what is mounted below it: a container on layers that are mounts
+/// would see none of them.
+const REMAP_SINCE: Version = Version { major: 2, minor: 3 };
 
 /// Containerd's Snapshots service, version 1.
 #[derive(Debug)]
@@ -128,10 +132,16 @@ impl<L: LazyLayers> Service<L> {
         }
         let Some(maps) = IdMaps::of(labels)? else { return Ok(None) };
         let Some(about) = &self.about else { return Ok(Some(maps)) };
-        let config =
-            about.snapshotter(snapshotter).await.map_err(|status| ServiceError::Containerd(Box::new(status)))?;
+        let unknown = |status| ServiceError::Containerd(Box::new(status));
+        let config = about.snapshotter(snapshotter).await.map_err(unknown)?;
         // Without the capability containerd has changed the owner of every file of the parent, and sends the labels all the same.
-        Ok(config.is_some_and(|config| config.remaps_ids).then_some(maps))
+        if !config.is_some_and(|config| config.remaps_ids) {
+            return Ok(None);
+        }
+        match about.version().await.map_err(unknown)? {
+            Some(version) if version < REMAP_SINCE => Err(ServiceError::RemapVersion { version }),
+            _ => Ok(Some(maps)),
+        }
     }
 
     async fn update(&self, request: wire::UpdateSnapshotRequest) -> Result<Snapshot, ServiceError> {

@@ -119,3 +119,66 @@ impl Source for ContentSource {
         Box::pin(self.fetch_run(run, sink))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use layer::index::Compression;
+    use layer::ingest::{Ingest, Options};
+    use node::store::LayerParts;
+    use node::{Node, NodeConfig};
+
+    use super::super::fake::FakeContainerd;
+    use super::*;
+
+    /// A layer with one file, and its blob.
+    fn layer(node: &Node, text: &str) -> (Arc<Layer>, Vec<u8>) {
+        let mut header = tar::Header::new_gnu();
+        header.set_path("file").unwrap();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        header.set_cksum();
+        let mut builder = tar::Builder::new(Vec::new());
+        builder.append(&header, text.as_bytes()).unwrap();
+        let blob = builder.into_inner().unwrap();
+        let options = Options { chunk_log2: 12, ..Options::default() };
+        let size = Some(blob.len() as u64);
+        let mut ingest = Ingest::new(Digest::of(&blob), size, Some(Compression::None), options).unwrap();
+        ingest.push(&blob, &mut |_, _, _| {}).unwrap();
+        let index = ingest.finish(&mut |_, _, _| {}).unwrap();
+        let (entries, chunk_digests) = (index.entries, index.chunk_digests);
+        let parts = LayerParts {
+            header: index.header,
+            signature: Vec::new(),
+            entries,
+            chunk_digests,
+            spans: Some(index.spans),
+        };
+        (node.insert(&parts).unwrap(), blob)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn reads_a_blob_of_this_machine_and_forgets_one_that_was_deleted() {
+        let containerd = FakeContainerd::start();
+        let folder = tempfile::tempdir().unwrap();
+        let node = Node::open(NodeConfig::new(folder.path())).unwrap();
+        let (here, blob) = layer(&node, &"here ".repeat(20_000));
+        let digest = containerd.put("here", &blob, &[]);
+        assert_eq!(digest, here.header().blob());
+        here.add_source(Arc::new(ContentSource::new(containerd.content(), "here", &here)));
+        let device = here.read(0..blob.len() as u64).await.unwrap();
+        assert_eq!(&device[..], &blob[..]);
+        assert!(here.counters().local.plain_bytes >= blob.len() as u64);
+
+        let (gone, _) = layer(&node, "gone");
+        gone.add_source(Arc::new(ContentSource::new(containerd.content(), "here", &gone)));
+        let reading = tokio::spawn(gone.read(0..10));
+        let forgotten = async {
+            while gone.has_sources() {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(20), forgotten).await.expect("is forgotten");
+        reading.abort();
+        node.shutdown().await;
+    }
+}

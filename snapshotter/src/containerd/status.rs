@@ -6,6 +6,7 @@ use std::error::Error;
 
 use tonic::{Code, Status};
 
+use super::about::Version;
 use super::filter::FilterError;
 use crate::snapshots::{IdMapsError, StoreError};
 
@@ -33,6 +34,15 @@ pub enum ServiceError {
     /// A label asks for what cannot be.
     #[error(transparent)]
     IdMaps(#[from] IdMapsError),
+    /// Containerd cannot shift the ids of our layers.
+    #[error(
+        "containerd {version} cannot shift the ids of layers that are mounts: containers with a user namespace need containerd 2.3 \
+         or newer here, or a proxy_plugins entry without the capability remap-ids (then every file is copied)"
+    )]
+    RemapVersion {
+        /// Its version.
+        version: Version,
+    },
     /// Containerd does not say how we are configured in it.
     #[error("cannot ask containerd how this snapshotter is configured")]
     Containerd(#[source] Box<Status>),
@@ -54,6 +64,7 @@ impl ServiceError {
             }
             Self::TargetExists { .. } => Code::AlreadyExists,
             Self::Missing { .. } | Self::IdMaps(_) => Code::InvalidArgument,
+            Self::RemapVersion { .. } => Code::FailedPrecondition,
             Self::Containerd(_) => Code::Unavailable,
             Self::Panicked => Code::Internal,
             Self::ShuttingDown => Code::Unavailable,

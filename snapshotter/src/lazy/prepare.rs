@@ -51,6 +51,16 @@ pub enum Decline {
     /// The layer could not be made known.
     #[error(transparent)]
     Wait(#[from] WaitError),
+    /// The same where only the registry's host is known.
+    #[error(
+        "{source}; the pull does not say the registry's port: if {host} has one, configure it as [registry.\"{host}:PORT\"]"
+    )]
+    Port {
+        /// The registry without port.
+        host: String,
+        /// What failed.
+        source: WaitError,
+    },
     /// The signed index belongs to another layer than the image's configuration names.
     #[error("blob {blob} has the diffID {diff_id} by its index, but {expected} by the image's configuration")]
     DiffId {
@@ -118,6 +128,8 @@ struct Wanted {
     diff_id: Option<Digest>,
     /// The same places for each layer above it.
     above: Vec<Vec<BlobRef>>,
+    /// The registry's host, where its port may be missing.
+    host: Option<String>,
 }
 
 impl LazyLayers for ImageLayers {
@@ -159,7 +171,7 @@ impl ImageLayers {
         }
         let target: ChainId = request.target.parse().map_err(|_| Decline::Target(request.target.to_owned()))?;
         let parent = self.parent_chain(request.parent)?;
-        let Wanted { mut places, diff_id: expected, above } = self.wanted(request, target).await?;
+        let Wanted { mut places, diff_id: expected, above, host } = self.wanted(request, target).await?;
         let known: HashSet<Digest> = self.node.layers().iter().map(|layer| layer.header().blob()).collect();
         let mut content_namespace = None;
         // A blob that the node knows is had from there at once, whatever place comes first.
@@ -185,7 +197,11 @@ impl ImageLayers {
             let now = Instant::now();
             now + Instant::from_std(deadline).saturating_duration_since(now).mul_f64(DEADLINE_SHARE)
         });
-        let (layer, place) = resolution.wait(self.stall, deadline).await?;
+        let waited = resolution.wait(self.stall, deadline).await;
+        let (layer, place) = waited.map_err(|source| match host {
+            Some(host) => Decline::Port { host, source },
+            None => source.into(),
+        })?;
         let (blob, diff_id) = (layer.header().blob(), layer.header().diff_id());
         if let Some(expected) = expected.filter(|expected| *expected != diff_id) {
             return Err(Decline::DiffId { blob, diff_id, expected });
@@ -252,12 +268,14 @@ impl ImageLayers {
                 places: layers.iter().take(1).map(|layer| pull.place_of(layer)).collect(),
                 diff_id: layers.first().map(|layer| layer.diff_id),
                 above: layers.iter().skip(1).map(|layer| vec![pull.place_of(layer)]).collect(),
+                host: None,
             })
         });
         from_image.unwrap_or_else(|| Wanted {
             places: vec![pull.place(pull.blob)],
             diff_id: None,
             above: pull.blobs.iter().skip(1).map(|blob| vec![pull.place(*blob)]).collect(),
+            host: None,
         })
     }
 
@@ -281,7 +299,10 @@ impl ImageLayers {
             let positions = newest.position + 1..newest.image.layers.len();
             positions.map(|position| self.images.places(&[newest.at(position)])).collect()
         });
-        Ok(Wanted { places: self.images.places(&found), diff_id, above })
+        let places = self.images.places(&found);
+        let has_port = places.iter().any(|place| place.registry.contains(':') || place.registry == "docker.io");
+        let host = places.first().map(|place| place.registry.clone()).filter(|host| !has_port && !host.is_empty());
+        Ok(Wanted { places, diff_id, above, host })
     }
 
     fn is_complete(&self, blob: Digest) -> bool {

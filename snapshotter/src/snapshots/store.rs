@@ -408,6 +408,35 @@ mod tests {
     }
 
     #[test]
+    fn why_a_layer_was_declined_outlives_its_commit_and_the_daemon() {
+        let (root, store) = open();
+        let declined = Some("no seeder".to_owned());
+        store
+            .create(Creation { declined: declined.clone(), ..Creation::new(Kind::Active, "a", None) })
+            .expect("creates");
+        store.commit("name", "a", None, Labels::new()).expect("commits");
+        drop(store);
+        let store = Store::open(root.path(), Arc::new(NoLayerMounts)).expect("opens");
+        assert_eq!(store.stat("name").expect("is there").record.declined, declined);
+    }
+
+    #[test]
+    fn the_root_of_a_container_with_ids_of_its_own_is_its_root() {
+        use std::os::unix::fs::MetadataExt;
+        let (root, store) = open();
+        let owner = match rustix::process::geteuid().as_raw() {
+            0 => Owner { uid: 1234, gid: 5678 },
+            uid => Owner { uid, gid: rustix::process::getegid().as_raw() },
+        };
+        let id_maps = Some(IdMaps { uid: "0:1234:10".into(), gid: "0:5678:10".into(), root: owner });
+        let creation = Creation { id_maps, ..Creation::new(Kind::Active, "a", None) };
+        let mounts = store.create(creation).expect("creates");
+        assert_eq!(mounts[0].options, ["uidmap=0:1234:10", "gidmap=0:5678:10", "rw", "rbind"]);
+        let files = fs::metadata(root.path().join("snapshots/1/fs")).expect("is there");
+        assert_eq!(Owner { uid: files.uid(), gid: files.gid() }, owner);
+    }
+
+    #[test]
     fn usage_is_counted_while_active_and_kept_at_commit() {
         let (root, store) = open();
         store.create(Creation::new(Kind::Active, "a", None)).expect("creates");

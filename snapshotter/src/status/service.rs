@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status};
 
 use crate::lazy::labels::IMAGE;
 use crate::lazy::prepare::ImageLayers;
-use crate::snapshots::{Backing, Kind, Snapshot, StoreError};
+use crate::snapshots::{Backing, Kind, LazyBacking, Snapshot, StoreError};
 
 /// Answers from the records and the engine; never the network.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
                 next = snapshot.record.parent.as_deref().and_then(|parent| by_name.get(parent).copied());
             }
             chain.reverse();
-            let name = top.record.labels.get(IMAGE).unwrap_or(&top.name).clone();
+            let name = top.record.labels.get(IMAGE).cloned().unwrap_or_else(|| name_of(top));
             api::Image { name, layers: chain }
         })
         .collect();
@@ -64,6 +64,16 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
         disk_bytes: layers.store.disk_bytes()?,
         not_lazy: layers.not_lazy.clone().unwrap_or_default(),
     })
+}
+
+/// A name for an image whose pull did not say one.
+fn name_of(top: &Snapshot) -> String {
+    match &top.record.backing {
+        Backing::Lazy(LazyBacking { registry, repository, .. }) if !registry.is_empty() => {
+            format!("{registry}/{repository} ({})", top.name)
+        }
+        _ => top.name.clone(),
+    }
 }
 
 fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
