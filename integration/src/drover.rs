@@ -192,6 +192,11 @@ impl Snapshotter {
         run(Command::new(&self.program).arg("status").arg("--config").arg(&self.config))
     }
 
+    /// `drover-snapshotter pull` at the node; gives what it printed.
+    pub fn pull(&self, network: &Network, reference: &str) -> Result<String> {
+        run(network.command(Place::Node, &self.program).arg("pull").arg("--config").arg(&self.config).arg(reference))
+    }
+
     fn serve(network: &Network, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {
         let mut command = network.command(Place::Node, program);
         command.arg("serve").arg("--config").arg(config);

@@ -9,6 +9,7 @@
 //! - [`fuse`]: the session that serves their devices to the kernel.
 //! - [`keeper`]: the process that shares the FUSE connection, so that either may die.
 //! - [`status`]: what the daemon tells its operator.
+//! - [`pull`]: the lazy pull for clients that leave no room for one.
 
 pub mod config;
 pub mod containerd;
@@ -17,6 +18,7 @@ pub mod fuse;
 pub mod keeper;
 pub mod lazy;
 pub mod mount;
+pub mod pull;
 pub mod snapshots;
 pub mod status;
 #[allow(unsafe_code)]

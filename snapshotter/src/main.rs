@@ -8,12 +8,15 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
+use node::registry::image::Platform;
 use proto::drover::node::v1::StatusRequest;
 use proto::drover::node::v1::node_client::NodeClient;
 use snapshotter::config::{Config, DEFAULT_PATH};
 use snapshotter::daemon::{self, Handed};
 use snapshotter::keeper::{self, DaemonSide, KeeperOptions};
 use snapshotter::mount::helper;
+use snapshotter::pull::progress::Progress;
+use snapshotter::pull::{self, Pull};
 use snapshotter::status::render::render;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -45,6 +48,25 @@ enum Command {
         /// A line for each layer.
         #[arg(long)]
         layers: bool,
+    },
+    /// Pull an image lazily, whatever client and version of containerd runs it later. For `ctr` of containerd 1.6 and 1.7 and for
+    /// `ctr image pull --local`, which fetch every layer before they ask for a snapshot.
+    Pull {
+        /// Image reference, like docker.io/library/debian:13. Credentials and registries are those of the configuration file.
+        #[arg(value_name = "REF")]
+        reference: String,
+        /// Containerd's namespace; Kubernetes uses k8s.io.
+        #[arg(long, short, default_value = "default")]
+        namespace: String,
+        /// Containerd's socket, if not that of the configuration file.
+        #[arg(long, short, value_name = "SOCKET")]
+        address: Option<PathBuf>,
+        /// Name of Drover in containerd's proxy_plugins.
+        #[arg(long, default_value = "drover")]
+        snapshotter: String,
+        /// Which image of an index, like linux/arm64; this machine's by default.
+        #[arg(long, value_name = "linux/ARCH[/VARIANT]")]
+        platform: Option<Platform>,
     },
     /// The daemon, started by the keeper.
     #[command(hide = true)]
@@ -78,6 +100,11 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 Command::Keeper => Ok(keeper::adopt(&options)?),
                 Command::Daemon => run_daemon(&config, &options),
                 Command::Status { layers } => run_status(&config, layers),
+                Command::Pull { reference, namespace, address, snapshotter, platform } => {
+                    let socket = address.unwrap_or_else(|| config.containerd.socket.clone());
+                    let pull = Pull { reference, namespace, socket, snapshotter, platform };
+                    run_pull(&config, &pull)
+                }
                 Command::MountErofs => Ok(()),
             }
         }
@@ -124,6 +151,14 @@ fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
     })?;
     // Blocking work of a cancelled call must not hold the stop up.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+fn run_pull(config: &Config, pull: &Pull) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let pulled = runtime.block_on(pull::pull(pull, &config.registry, &Progress::new()))?;
+    let lazy = pulled.layers - pulled.unpacked;
+    println!("{}: {lazy} of {} layers lazy", pulled.name, pulled.layers);
     Ok(())
 }
 

@@ -10,11 +10,14 @@ use crate::snapshots::store::SNAPSHOT_REF;
 
 /// Reference of the image that is pulled.
 pub const IMAGE: &str = "containerd.io/snapshot/cri.image-ref";
-const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
-const LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
-const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
-/// Since containerd 2.3 every pull has it.
-const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
+/// Blob of the layer.
+pub const LAYER: &str = "containerd.io/snapshot/cri.layer-digest";
+/// Blobs of the layer and of those above it.
+pub const LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
+/// The image's manifest.
+pub const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+/// Digest of the uncompressed layer. Since containerd 2.3 every pull has it.
+pub const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
 
 /// What a pull says of the layer that it prepares.
 #[derive(Clone, Debug, PartialEq, Eq)]
