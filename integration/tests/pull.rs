@@ -67,8 +67,8 @@ fn container_runs(scene: &Scene, node: &Node, reference: &str) -> Result<()> {
 /// A synchronous deletion makes containerd collect.
 fn collect_garbage(scene: &Scene, node: &Node) -> Result<()> {
     let ctr = |arguments: &[&str]| run(&mut node.containerd().ctr(&scene.network, arguments));
-    ctr(&["lease", "create", "--id", "garbage"])?;
-    ctr(&["lease", "rm", "--sync", "garbage"])?;
+    ctr(&["leases", "create", "--id", "garbage"])?;
+    ctr(&["leases", "delete", "--sync", "garbage"])?;
     Ok(())
 }
 

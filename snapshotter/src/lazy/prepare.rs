@@ -218,8 +218,7 @@ impl ImageLayers {
         let (name, parent_name) = (request.target.to_owned(), request.parent.map(str::to_owned));
         let labels = request.labels.clone();
         let commit = move || -> Result<(), Decline> {
-            let lowers = || store.lowers(parent_name.as_deref()).map_err(|error| error.to_string());
-            mounts.attach(target, &layer, lowers)?;
+            mounts.attach(target, &layer, store.lowers(parent_name.as_deref()))?;
             // Containerd reads it once and keeps it: what the layer takes unpacked, not what is here of it now.
             let unpacked = layer.unpacked().map_err(|error| Decline::Record(error.to_string()))?;
             let usage = Usage { size_bytes: unpacked.bytes, inodes: unpacked.inodes };

@@ -40,7 +40,7 @@ impl ImageLayers {
             self.images.learn(backing.registry.clone());
             self.resolutions.resolver().add_sources(&layer, &backing.blob_ref());
             self.add_content_source(&layer, backing);
-            let lowers = || self.store.lowers(snapshot.record.parent.as_deref()).map_err(|error| error.to_string());
+            let lowers = self.store.lowers(snapshot.record.parent.as_deref());
             if let Err(error) = self.mounts.attach(backing.chain_id, &layer, lowers) {
                 tracing::error!(snapshot = snapshot.name, %error, "cannot mount a layer");
             }

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -18,7 +19,7 @@ use super::erofs::{ErofsMount, MountError, Unmounted, unmount};
 use super::helper::{self, Helper};
 use super::lower::LowerRoots;
 use super::table::mounts_below;
-use crate::snapshots::LazyBacking;
+use crate::snapshots::{LazyBacking, StoreError};
 use crate::sys;
 
 /// Why a layer could not be attached.
@@ -40,9 +41,6 @@ pub enum AttachError {
         /// What is wrong.
         reason: String,
     },
-    /// A layer below is not there.
-    #[error("a layer below cannot be shown: {0}")]
-    Below(String),
     /// The kernel did not mount it.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -70,6 +68,9 @@ pub struct LayerMounts {
 /// as they are, are renamed once they are on disk, and are made again after a reboot. So no pull waits for the disk.
 const UNSYNCED: &str = "unsynced";
 const SYNCED: &str = "erofs";
+
+/// Images are brought to the disk when none was made for so long.
+const SYNC_PAUSE: Duration = Duration::from_secs(2);
 
 /// Layers with more paths give their memory back to the machine at once; that takes a millisecond.
 const TRIM_ENTRIES: u32 = 10_000;
@@ -126,7 +127,7 @@ impl LayerMounts {
         let syncer = Syncer { images: images.clone(), mounted: mounted.clone() };
         std::thread::Builder::new()
             .name("image sync".to_owned())
-            .spawn(move || chains.into_iter().for_each(|chain| syncer.sync(chain)))
+            .spawn(move || syncer.run(&chains))
             .map_err(MountError::io(&images))?;
         Ok(Self { node, images, mounts, devices, helper: Helper::new(program, lock), mounted, unsynced })
     }
@@ -138,7 +139,7 @@ impl LayerMounts {
         &self,
         chain: ChainId,
         layer: &Arc<Layer>,
-        lowers: impl FnOnce() -> Result<Vec<PathBuf>, String>,
+        lowers: impl Iterator<Item = Result<PathBuf, StoreError>>,
     ) -> Result<(), AttachError> {
         let name = name(chain, Over::Fuse);
         layer.set_mounted(true);
@@ -148,7 +149,7 @@ impl LayerMounts {
             return Ok(());
         }
         if self.image(chain).is_none() {
-            let built = self.build(chain, layer, lowers().map_err(AttachError::Below)?);
+            let built = self.build(chain, layer, lowers);
             // The tree of a layer takes some hundred bytes a path, and no other allocation will need as much.
             if layer.header().entry_count() > TRIM_ENTRIES {
                 sys::trim_malloc();
@@ -292,14 +293,20 @@ impl LayerMounts {
         [SYNCED, UNSYNCED].map(|ending| image_path(&self.images, chain, ending)).into_iter().find(|path| path.exists())
     }
 
-    fn build(&self, chain: ChainId, layer: &Arc<Layer>, lowers: Vec<PathBuf>) -> Result<(), AttachError> {
+    fn build(
+        &self,
+        chain: ChainId,
+        layer: &Arc<Layer>,
+        lowers: impl Iterator<Item = Result<PathBuf, StoreError>>,
+    ) -> Result<(), AttachError> {
+        let mut lowers = lowers.peekable();
         let image = image_path(&self.images, chain, UNSYNCED);
         let tree = layer
             .tree()
             .map_err(|error| AttachError::Index { layer: layer.header().diff_id(), reason: error.to_string() })?;
         let options = ImageOptions {
             device_size: layer.header().device_size(),
-            bottom: lowers.is_empty(),
+            bottom: lowers.peek().is_none(),
             uuid: first_16(chain),
         };
         // The name is unique to this call: two prepares of one chain may build at once, and either image will do.
@@ -307,7 +314,9 @@ impl LayerMounts {
         let partial = tempfile_in(&self.images).map_err(|error| failed(error.to_string()))?;
         let result = (|| {
             let mut out = BufWriter::with_capacity(1 << 20, &partial.1);
-            write_image(&tree, &options, &LowerRoots(lowers), &mut out).map_err(|error| error.to_string())?;
+            let lowers = LowerRoots::new(lowers);
+            write_image(&tree, &options, &lowers, &mut out).map_err(|error| error.to_string())?;
+            lowers.finish().map_err(|error| format!("a layer below cannot be shown: {error}"))?;
             out.flush().map_err(|error| error.to_string())?;
             drop(out);
             fs::rename(&partial.0, &image).map_err(|error| error.to_string())
@@ -342,6 +351,18 @@ struct Syncer {
 }
 
 impl Syncer {
+    /// Until nobody can send any more.
+    fn run(&self, chains: &mpsc::Receiver<ChainId>) {
+        while let Ok(first) = chains.recv() {
+            let mut waiting = vec![first];
+            // A pull that is under way needs the disk for its snapshots.
+            while let Ok(chain) = chains.recv_timeout(SYNC_PAUSE) {
+                waiting.push(chain);
+            }
+            waiting.into_iter().for_each(|chain| self.sync(chain));
+        }
+    }
+
     fn sync(&self, chain: ChainId) {
         let (unsynced, synced) = (image_path(&self.images, chain, UNSYNCED), image_path(&self.images, chain, SYNCED));
         let on_disk = File::open(&unsynced).and_then(|file| file.sync_all());

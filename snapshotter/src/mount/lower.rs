@@ -1,5 +1,6 @@
 //! What the layers below have at a path, for the directories that a layer's tar leaves out.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -10,16 +11,47 @@ use layer::erofs::{DirectoryAttributes, LowerDirectories};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 /// The roots of the layers below, top first: EROFS mounts or the directories of ordinary snapshots. Only metadata is read,
-/// which is on the node's disk in both cases.
-#[derive(Debug)]
-pub struct LowerRoots(pub Vec<PathBuf>);
+/// which is on the node's disk in both cases. A root is asked for when all above it do not have a path.
+pub struct LowerRoots<I, E>(RefCell<Roots<I, E>>);
 
-impl LowerDirectories for LowerRoots {
+struct Roots<I, E> {
+    known: Vec<PathBuf>,
+    rest: I,
+    failure: Option<E>,
+}
+
+impl<I: Iterator<Item = Result<PathBuf, E>>, E> LowerRoots<I, E> {
+    /// Looks into `roots`.
+    pub fn new(roots: I) -> Self {
+        Self(RefCell::new(Roots { known: Vec::new(), rest: roots, failure: None }))
+    }
+
+    /// Whether every root that was asked for could be had. Otherwise what was looked up is not to be believed.
+    pub fn finish(self) -> Result<(), E> {
+        self.0.into_inner().failure.map_or(Ok(()), Err)
+    }
+
+    fn root(&self, number: usize) -> Option<PathBuf> {
+        let mut roots = self.0.borrow_mut();
+        while roots.known.len() <= number {
+            match roots.rest.next()? {
+                Ok(root) => roots.known.push(root),
+                Err(error) => {
+                    roots.failure.get_or_insert(error);
+                    return None;
+                }
+            }
+        }
+        roots.known.get(number).cloned()
+    }
+}
+
+impl<I: Iterator<Item = Result<PathBuf, E>>, E> LowerDirectories for LowerRoots<I, E> {
     /// As containerd's `mkparent` (pkg/archive/tar.go) and [`layer::erofs::Stack`]: the uppermost layer that has the path
     /// decides, symbolic links are followed inside that layer, and anything there that is no directory ends the search.
     fn attributes(&self, path: &[u8]) -> Option<DirectoryAttributes> {
-        for root in &self.0 {
-            match look(root, path) {
+        for root in (0..).map_while(|number| self.root(number)) {
+            match look(&root, path) {
                 Ok(Some(attributes)) => return Some(attributes),
                 Ok(None) => {}
                 Err(rustix::io::Errno::NOTDIR) => return None,
@@ -94,11 +126,13 @@ mod tests {
         directory(&bottom, "d/e", 0o700);
         std::fs::write(top.join("d"), "").unwrap();
         std::os::unix::fs::symlink("b", top.join("link")).unwrap();
-        let roots = LowerRoots(vec![top, bottom]);
+        let roots = LowerRoots::new([Ok(top), Ok(bottom), Err("gone")].into_iter());
         assert_eq!(roots.attributes(b"a").unwrap().mode, 0o711);
         assert_eq!(roots.attributes(b"b/c").unwrap().mode, 0o1777);
         assert!(roots.attributes(b"d/e").is_none());
+        assert!(roots.0.borrow().failure.is_none(), "the third was not asked for");
         assert_eq!(roots.attributes(b"link"), roots.attributes(b"x"), "a link is followed in its own layer only");
         assert!(roots.attributes(b"missing").is_none());
+        assert_eq!(roots.finish(), Err("gone"));
     }
 }

@@ -25,7 +25,7 @@ const FORMAT: u64 = 1;
 const CACHE_BYTES: usize = 8 << 20;
 
 /// Longest chain of parents; bounds the walk if records are damaged. The kernel takes 500 lower directories.
-const ANCESTORS_MAX: usize = 1000;
+pub(super) const ANCESTORS_MAX: usize = 1000;
 
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
@@ -104,11 +104,10 @@ impl Records {
         Ok(Chain { record, ancestors })
     }
 
-    /// The committed snapshot `parent` and all below it, nearest first; empty where `parent` is `None`.
-    pub fn parents(&self, parent: Option<&str>) -> Result<Vec<Record>, StoreError> {
+    /// The committed snapshot `parent`.
+    pub fn parent(&self, parent: Option<&str>) -> Result<Option<Record>, StoreError> {
         let table = self.with(|database| Ok(database.begin_read()?.open_table(SNAPSHOTS)?))?;
-        committed_parent(&table, parent)?;
-        ancestors(&table, parent.unwrap_or_default(), parent)
+        committed_parent(&table, parent)
     }
 
     /// All snapshots that `wanted` lets through, in the order of their keys.

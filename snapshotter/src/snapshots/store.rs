@@ -17,7 +17,7 @@ use super::error::{OpenError, StoreError};
 use super::id_maps::IdMaps;
 use super::mounts::{self, LayerMounts, Mount, OverlayOptions, fits_options};
 use super::record::{Backing, Kind, Labels, LazyBacking, Snapshot, Usage};
-use super::records::{LazyCommitOutcome, NewSnapshot, Records, ReleasedRecord};
+use super::records::{ANCESTORS_MAX, LazyCommitOutcome, NewSnapshot, Records, ReleasedRecord};
 use super::release::{LayerHold, LayersInUse, OrphanRelease, Release};
 use super::usage::disk_usage;
 
@@ -130,8 +130,8 @@ impl Store {
     /// container's root where ids are mapped.
     pub fn create(&self, creation: Creation<'_>) -> Result<Vec<Mount>, StoreError> {
         let Creation { kind, key, parent, labels, declined, id_maps } = creation;
-        let owner = self.records.parents(parent)?.first().map(|top| -> Result<_, StoreError> {
-            let root = mounts::lower(key, top, &self.directories, &*self.layers)?;
+        let owner = self.records.parent(parent)?.map(|top| -> Result<_, StoreError> {
+            let root = mounts::lower(key, &top, &self.directories, &*self.layers)?;
             Owner::of(&root).map_err(|source| StoreError::Directory { action: "read the owner of", path: root, source })
         });
         let owner = owner.transpose()?;
@@ -173,11 +173,18 @@ impl Store {
         self.records.list(wanted)
     }
 
-    /// The directories that show the layers of `parent` and of those below it, top first; none for no parent.
-    pub fn lowers(&self, parent: Option<&str>) -> Result<Vec<PathBuf>, StoreError> {
-        let ancestors = self.records.parents(parent)?;
-        let key = parent.unwrap_or_default();
-        ancestors.iter().map(|ancestor| mounts::lower(key, ancestor, &self.directories, &*self.layers)).collect()
+    /// The directories that show the layers of `parent` and of those below it, top first; none for no parent. Each is looked up
+    /// when it is asked for: an image has up to some hundred, and mostly the first one is enough. Ends after an error.
+    pub fn lowers(&self, parent: Option<&str>) -> impl Iterator<Item = Result<PathBuf, StoreError>> + '_ {
+        let mut next = parent.map(str::to_owned);
+        let lower = move || {
+            let name = next.take()?;
+            Some(self.records.get(&name).and_then(|record| {
+                next.clone_from(&record.parent);
+                mounts::lower(&name, &record, &self.directories, &*self.layers)
+            }))
+        };
+        std::iter::from_fn(lower).take(ANCESTORS_MAX)
     }
 
     /// All committed lazy snapshots, for mounting their layers again after a start.
@@ -195,13 +202,13 @@ impl Store {
 
     /// Fails unless `parent` is a committed snapshot or `None`.
     pub fn check_parent(&self, parent: Option<&str>) -> Result<(), StoreError> {
-        self.records.parents(parent).map(drop)
+        self.records.parent(parent).map(drop)
     }
 
     /// The name of the committed lazy snapshot that containerd would take for `target` on `parent`, if there is one.
     pub fn lazy_target(&self, target: &str, parent: Option<&str>) -> Result<Option<String>, StoreError> {
-        let parents = self.records.parents(parent)?;
-        for name in [target.to_owned(), second_name(target, parents.first().map_or(0, |parent| parent.id))] {
+        let parent_id = self.records.parent(parent)?.map_or(0, |parent| parent.id);
+        for name in [target.to_owned(), second_name(target, parent_id)] {
             match self.records.get(&name) {
                 Ok(record)
                     if record.kind == Kind::Committed
