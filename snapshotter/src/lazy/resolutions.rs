@@ -76,7 +76,7 @@ impl Resolutions {
                     Err(error) if is_of_the_place(&error) => {
                         tracing::debug!(%place, %error, "a layer cannot be had from here");
                         // The first place is the most probable one, so its error says most.
-                        result = result.or_else(|first: Option<ResolveError>| Err(first.or(Some(error))));
+                        result = result.map_err(|first: Option<ResolveError>| first.or(Some(error)));
                     }
                     ended => {
                         result = ended.map(|layer| (layer, place)).map_err(Some);

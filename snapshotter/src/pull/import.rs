@@ -169,14 +169,14 @@ impl<'a> Importer<'a> {
         while let Some(bytes) = body.next().await? {
             let len = bytes.len() as u64;
             if !write.push(bytes, written).await? {
-                return self.from_here(blob.digest).await;
+                return self.add_repository(blob.digest).await;
             }
             written += len;
             progress.fetched(written);
         }
         match write.commit(written, self.labels(HashMap::new())).await? {
             true => Ok(()),
-            false => self.from_here(blob.digest).await,
+            false => self.add_repository(blob.digest).await,
         }
     }
 
@@ -191,11 +191,11 @@ impl<'a> Importer<'a> {
         if !labels.is_empty() {
             self.label(digest, labels).await?;
         }
-        self.from_here(digest).await
+        self.add_repository(digest).await
     }
 
     /// Adds our repository to where `digest`, which was there, came from.
-    async fn from_here(&self, digest: Digest) -> anyhow::Result<()> {
+    async fn add_repository(&self, digest: Digest) -> anyhow::Result<()> {
         let (key, repository) = &self.source;
         let info = self.content.info(self.lease.namespace(), digest).await?;
         let known = info.and_then(|info| info.labels.get(key).cloned()).unwrap_or_default();

@@ -47,6 +47,7 @@ pub struct Usage {
 /// Where a snapshot's files are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[allow(clippy::large_enum_variant, reason = "most snapshots are lazy, and none is kept in memory for long")]
 pub enum Backing {
     /// In its own directory.
     Ordinary,
