@@ -104,7 +104,7 @@ impl Fill {
                     break;
                 };
                 if slack < geometry.chunk_size() {
-                    self.room.look();
+                    self.room.look_again();
                     return Some(now + NO_ROOM_PAUSE);
                 }
                 let mut bytes = (WINDOW - open).min(slack);

@@ -113,6 +113,15 @@ impl Room {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
+    /// The same for the background, which goes on when a disk that was full has space. Where it is full all the same, the
+    /// first write says so.
+    pub(crate) fn look_again(&self) {
+        self.look();
+        if self.is_disk_full() && self.free() >= LOOK_EACH {
+            self.note_success();
+        }
+    }
+
     /// Takes room for a write; `false`: there is none, and the evictor is asked for some.
     pub(crate) fn take(&self, bytes: u64) -> bool {
         if self.is_full.load(Ordering::Relaxed) && self.backend.space(&self.root).is_ok_and(|space| space.free < bytes)
