@@ -74,10 +74,10 @@ test-unit:
 test-fuse: setup
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse --test erofs
 
-# containerd's own snapshotter suite, and everything end to end on the real containerd.
+# containerd's own snapshotter suite, everything end to end on the real containerd, and every client with every containerd.
 test-containerd: setup
 	$(CARGO) build -p drover-snapshotter -p drover-seeder
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble --test clients
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc
@@ -125,7 +125,8 @@ bench-files: bench-programs
 bench-footprint: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/footprint
 
-# What takes too long for every change: the demonstration image compared file by file, more rounds of kills.
+# What takes too long for every change: the demonstration image compared file by file, more rounds of kills, more releases of
+# containerd.
 .PHONY: nightly
 nightly: setup-demo
 	$(CARGO) build --release -p drover-snapshotter -p drover-seeder

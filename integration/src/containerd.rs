@@ -9,7 +9,39 @@ use anyhow::{Context, Result};
 
 use crate::network::{Network, Place};
 use crate::process::{Daemon, run};
-use crate::tools::Tools;
+use crate::tools::{Release, Tools};
+
+/// How a containerd is configured.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Setup<'a> {
+    /// A file that is imported as a user's drop-in would be.
+    pub drop_in: Option<&'a str>,
+    /// A registry that is reached by plain HTTP.
+    pub plain_registry: Option<&'a str>,
+    /// Parent of its containers' control groups.
+    pub control_group: &'a str,
+    /// Kubernetes' interface; off where it is not set.
+    pub cri: Option<&'a Cri>,
+}
+
+/// Kubernetes' interface.
+#[derive(Clone, Debug)]
+pub struct Cri {
+    /// The image whose container keeps a pod's namespaces.
+    pub pause_image: String,
+    /// Folder with CNI plugins; only pods on the host's network work without it.
+    pub cni_plugins: Option<PathBuf>,
+}
+
+/// Network of pods, for [`Cri::cni_plugins`].
+const POD_NETWORK: &str = r#"{
+  "cniVersion": "0.4.0", "name": "pods",
+  "plugins": [{
+    "type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": false,
+    "ipam": { "type": "host-local", "dataDir": "DATA", "ranges": [[{ "subnet": "10.78.0.0/24" }]] }
+  }]
+}
+"#;
 
 /// A running containerd at the node.
 #[derive(Debug)]
@@ -23,32 +55,43 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts containerd with state in `folder`. `socket` must be short (a Unix socket's path has at most 107 bytes). Where
-    /// `drop_in` is given, it is imported as a user's drop-in would be. `plain_registry` is reached by plain HTTP.
-    pub fn start(
-        tools: &Tools,
-        network: &Network,
-        folder: &Path,
-        socket: &Path,
-        drop_in: Option<&str>,
-        plain_registry: Option<&str>,
-        control_group: &str,
-    ) -> Result<Self> {
+    /// Starts containerd with state in `folder`. `socket` must be short (a Unix socket's path has at most 107 bytes).
+    pub fn start(tools: &Tools, network: &Network, folder: &Path, socket: &Path, setup: &Setup<'_>) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let hosts = folder.join("certs.d");
         fs::create_dir_all(&hosts)?;
-        if let Some(registry) = plain_registry {
+        if let Some(registry) = setup.plain_registry {
             let entry = hosts.join(registry);
             fs::create_dir_all(&entry)?;
-            fs::write(entry.join("hosts.toml"), format!("server = \"http://{registry}\"\n"))?;
+            // 1.6 refuses a file without a host.
+            let text = format!(
+                "server = \"http://{registry}\"\n[host.\"http://{registry}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+            );
+            fs::write(entry.join("hosts.toml"), text)?;
         }
         let imports = folder.join("conf.d");
         fs::create_dir_all(&imports)?;
-        if let Some(drop_in) = drop_in {
-            fs::write(imports.join("drover.toml"), drop_in)?;
+        let mut text = config_text(tools.release, folder, socket, setup.cri.is_some());
+        if let Some(cri) = setup.cri {
+            let networks = folder.join("cni");
+            fs::create_dir_all(&networks)?;
+            if cri.cni_plugins.is_some() {
+                let network = POD_NETWORK.replace("DATA", &folder.join("cni-addresses").display().to_string());
+                fs::write(networks.join("10-pods.conflist"), network)?;
+            }
+            text.push_str(&cri_text(tools.release, &hosts, &networks, cri));
+        }
+        if let Some(drop_in) = setup.drop_in {
+            let mut imported = drop_in.to_owned();
+            if setup.cri.is_some() {
+                // containerd 1.x replaces a plugin's whole section by an imported one: these keys go into the main file.
+                let into = if tools.release.has_version_3() { &mut imported } else { &mut text };
+                into.push_str(&kubernetes_keys(drop_in));
+            }
+            fs::write(imports.join("drover.toml"), imported)?;
         }
         let config = folder.join("config.toml");
-        fs::write(&config, config_text(folder, socket, &imports)?)?;
+        fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
 
         let mut command = network.command(Place::Node, tools.containerd.join("containerd"));
         command.arg("--config").arg(&config);
@@ -65,7 +108,7 @@ impl Containerd {
             socket: socket.to_owned(),
             hosts,
             root: folder.join("root"),
-            control_group: control_group.to_owned(),
+            control_group: setup.control_group.to_owned(),
             tools: tools.clone(),
         })
     }
@@ -83,6 +126,16 @@ impl Containerd {
     /// Its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Folder with a `hosts.toml` for each registry.
+    pub fn hosts(&self) -> &Path {
+        &self.hosts
+    }
+
+    /// Parent of its containers' control groups.
+    pub fn control_group(&self) -> &str {
+        &self.control_group
     }
 
     /// Bytes of all blobs in its content store, those that are still being fetched included.
@@ -139,35 +192,108 @@ impl Containerd {
     }
 }
 
-fn with_path(command: &mut Command, tools: &Tools) {
+/// Puts containerd's and runc's folders in front of a program's `PATH`.
+pub(crate) fn with_path(command: &mut Command, tools: &Tools) {
     let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".to_owned());
     command.env("PATH", format!("{}:{}:{path}", tools.containerd.display(), tools.runc.display()));
 }
 
 /// The main configuration, without anything about Drover: that is the drop-in's part.
-fn config_text(folder: &Path, socket: &Path, imports: &Path) -> Result<String> {
-    let text =
-        |path: &Path| path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8", path.display()));
-    Ok(format!(
-        r#"version = 3
+fn config_text(release: Release, folder: &Path, socket: &Path, cri: bool) -> String {
+    let version = if release.has_version_3() { 3 } else { 2 };
+    // Not part of the lab: snapshotters that only probe the disk, and what other programs would plug into.
+    let mut disabled = vec![
+        "io.containerd.nri.v1.nri",
+        "io.containerd.tracing.processor.v1.otlp",
+        "io.containerd.internal.v1.tracing",
+        "io.containerd.snapshotter.v1.aufs",
+        "io.containerd.snapshotter.v1.blockfile",
+        "io.containerd.snapshotter.v1.btrfs",
+        "io.containerd.snapshotter.v1.devmapper",
+        "io.containerd.snapshotter.v1.erofs",
+        "io.containerd.snapshotter.v1.zfs",
+    ];
+    if !cri {
+        disabled.extend([
+            "io.containerd.cri.v1.images",
+            "io.containerd.cri.v1.runtime",
+            "io.containerd.grpc.v1.cri",
+            "io.containerd.podsandbox.controller.v1.podsandbox",
+        ]);
+    }
+    let disabled: Vec<_> = disabled.iter().map(|plugin| format!("  \"{plugin}\",\n")).collect();
+    format!(
+        r#"version = {version}
 root = "{root}"
 state = "{state}"
 imports = ["{imports}/*.toml"]
-# Not part of the lab: Kubernetes' interface, and snapshotters that only probe the disk.
 disabled_plugins = [
-  "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri",
-  "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.internal.v1.tracing", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs", "io.containerd.snapshotter.v1.zfs",
-]
+{disabled}]
 [grpc]
   address = "{socket}"
 [ttrpc]
   address = "{socket}.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{opt}"
 "#,
-        root = text(&folder.join("root"))?,
-        state = text(&folder.join("state"))?,
-        imports = text(imports)?,
-        socket = text(socket)?,
-    ))
+        root = folder.join("root").display(),
+        state = folder.join("state").display(),
+        imports = folder.join("conf.d").display(),
+        disabled = disabled.concat(),
+        socket = socket.display(),
+        opt = folder.join("opt").display(),
+    )
+}
+
+/// The configuration of Kubernetes' interface, as a node's operator has it before Drover comes.
+fn cri_text(release: Release, hosts: &Path, networks: &Path, cri: &Cri) -> String {
+    let (hosts, networks, pause) = (hosts.display(), networks.display(), &cri.pause_image);
+    let plugins = cri.cni_plugins.as_deref().unwrap_or(Path::new("/nonexistent")).display();
+    // 2.4 knows a list only.
+    let plugins = match release {
+        Release::V2_4 => format!("bin_dirs = [\"{plugins}\"]"),
+        _ => format!("bin_dir = \"{plugins}\""),
+    };
+    // Not every machine lets root lower a process's score for the kernel's out-of-memory killer.
+    if release.has_version_3() {
+        format!(
+            r#"[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{pause}"
+[plugins."io.containerd.cri.v1.images".registry]
+  config_path = "{hosts}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+  {plugins}
+  conf_dir = "{networks}"
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+"#
+        )
+    } else {
+        format!(
+            r#"[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+  stream_server_address = "127.0.0.1"
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "{hosts}"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  {plugins}
+  conf_dir = "{networks}"
+"#
+        )
+    }
+}
+
+/// The keys for Kubernetes that a drop-in is shipped with as a comment: lines that begin with `# [` or with `#` and three
+/// spaces.
+fn kubernetes_keys(drop_in: &str) -> String {
+    let keys = drop_in.lines().filter_map(|line| {
+        let line = line.strip_prefix("# ")?;
+        (line.starts_with('[') || line.starts_with("  ")).then(|| format!("{line}\n"))
+    });
+    keys.collect()
 }

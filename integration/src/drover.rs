@@ -1,6 +1,7 @@
 //! Our own two daemons, configured as a user would do it by hand.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -62,6 +63,7 @@ impl Cluster {
 pub struct Seeder {
     daemon: Daemon,
     address: String,
+    config: PathBuf,
 }
 
 impl Seeder {
@@ -84,7 +86,7 @@ impl Seeder {
         command.arg("serve").arg("--config").arg(&config);
         let mut daemon = Daemon::start("seeder", &mut command, &folder.join("log"))?;
         daemon.wait_until("listens", START_DEADLINE, || listens(network, Place::Seeder, &address))?;
-        Ok(Self { daemon, address })
+        Ok(Self { daemon, address, config })
     }
 
     /// The process.
@@ -95,6 +97,11 @@ impl Seeder {
     /// The process, to stop it.
     pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> &Path {
+        &self.config
     }
 
     /// `host:port`.
@@ -168,6 +175,11 @@ impl Snapshotter {
         &self.root
     }
 
+    /// Bytes that everything it keeps takes on the disk, holes not counted.
+    pub fn disk_use(&self) -> Result<u64> {
+        disk_use(&self.root)
+    }
+
     /// Starts it again with the same configuration, after it was stopped or killed.
     pub fn restart(&mut self, network: &Network) -> Result<()> {
         let folder = self.config.parent().context("the configuration has no folder")?.to_owned();
@@ -218,6 +230,17 @@ fn listens(network: &Network, place: Place, address: &str) -> bool {
     let Some((host, port)) = address.rsplit_once(':') else { return false };
     // bash can connect by itself; a TLS server needs no more to be told apart from a closed port.
     run(network.command(place, "bash").args(["-c", &format!("exec 3<>/dev/tcp/{host}/{port}")])).is_ok()
+}
+
+/// Bytes that a folder takes on the disk. What vanishes meanwhile does not count.
+fn disk_use(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    for entry in entries.flatten() {
+        let Ok(metadata) = entry.metadata() else { continue };
+        bytes += if metadata.is_dir() { disk_use(&entry.path()).unwrap_or(0) } else { metadata.blocks() * 512 };
+    }
+    Ok(bytes)
 }
 
 /// Whether a status has lazy layers and every one of them is complete.

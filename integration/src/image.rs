@@ -14,11 +14,62 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-pub use layer::{Layer, LayerWriter};
+pub use layer::{Layer, LayerWriter, Packing};
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+/// The two families of media types.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Family {
+    /// OCI's.
+    #[default]
+    Oci,
+    /// Docker's schema 2.
+    Docker,
+}
+
+impl Family {
+    const fn manifest(self) -> &'static str {
+        match self {
+            Self::Oci => "application/vnd.oci.image.manifest.v1+json",
+            Self::Docker => "application/vnd.docker.distribution.manifest.v2+json",
+        }
+    }
+
+    const fn config(self) -> &'static str {
+        match self {
+            Self::Oci => "application/vnd.oci.image.config.v1+json",
+            Self::Docker => "application/vnd.docker.container.image.v1+json",
+        }
+    }
+
+    const fn index(self) -> &'static str {
+        match self {
+            Self::Oci => "application/vnd.oci.image.index.v1+json",
+            Self::Docker => "application/vnd.docker.distribution.manifest.list.v2+json",
+        }
+    }
+
+    const fn layer(self, packing: Packing) -> &'static str {
+        match (self, packing) {
+            (Self::Oci, Packing::Gzip) => "application/vnd.oci.image.layer.v1.tar+gzip",
+            (Self::Oci, Packing::Zstd | Packing::ZstdFrames) => "application/vnd.oci.image.layer.v1.tar+zstd",
+            (Self::Oci, Packing::Plain) => "application/vnd.oci.image.layer.v1.tar",
+            (Self::Docker, Packing::Gzip) => "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            (Self::Docker, Packing::Zstd | Packing::ZstdFrames) => "application/vnd.docker.image.rootfs.diff.tar.zstd",
+            (Self::Docker, Packing::Plain) => "application/vnd.docker.image.rootfs.diff.tar",
+        }
+    }
+}
+
+/// What an image is beside its layers.
+#[derive(Clone, Copy, Debug)]
+pub struct Form<'a> {
+    /// Media types.
+    pub family: Family,
+    /// `PATH` of its containers.
+    pub path_variable: &'a str,
+    /// What its containers run where nothing else is asked for.
+    pub command: &'a [&'a str],
+}
 
 /// A file of an image.
 #[derive(Clone, Debug)]
@@ -47,19 +98,21 @@ pub struct Image {
 impl Image {
     /// Writes manifest and configuration for `layers`, whose files must be in [`blob_folder`]\(`folder`).
     pub fn assemble(folder: &Path, layers: &[Layer], path_variable: &str) -> Result<Self> {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            other => other,
-        };
+        Self::assemble_as(folder, layers, Form { family: Family::Oci, path_variable, command: &["sh"] })
+    }
+
+    /// The same in a form of choice.
+    pub fn assemble_as(folder: &Path, layers: &[Layer], form: Form<'_>) -> Result<Self> {
+        let Form { family, path_variable, command } = form;
+        let architecture = architecture();
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
         let config = json!({
             "architecture": architecture,
             "os": "linux",
-            "config": { "Env": [format!("PATH={path_variable}"), "LANG=C.UTF-8"], "Cmd": ["sh"], "WorkingDir": "/" },
+            "config": { "Env": [format!("PATH={path_variable}"), "LANG=C.UTF-8"], "Cmd": command, "WorkingDir": "/" },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
-        let config = store(folder, CONFIG, &config)?;
+        let config = store(folder, family.config(), &config)?;
         let descriptor =
             |blob: &Blob| json!({ "mediaType": blob.media_type, "digest": blob.digest, "size": blob.size });
         let layers: Vec<_> = layers
@@ -67,17 +120,17 @@ impl Image {
             .map(|layer| Blob {
                 digest: layer.digest.clone(),
                 size: layer.size,
-                media_type: LAYER.to_owned(),
+                media_type: family.layer(layer.packing).to_owned(),
                 path: layer.path.clone(),
             })
             .collect();
         let manifest = json!({
             "schemaVersion": 2,
-            "mediaType": MANIFEST,
+            "mediaType": family.manifest(),
             "config": descriptor(&config),
             "layers": layers.iter().map(descriptor).collect::<Vec<_>>(),
         });
-        let manifest = store(folder, MANIFEST, &manifest)?;
+        let manifest = store(folder, family.manifest(), &manifest)?;
         let index = json!({ "schemaVersion": 2, "manifests": [descriptor(&manifest)] });
         fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#)?;
         // Last, and moved into place: an image without it is not there.
@@ -119,14 +172,51 @@ impl Image {
             let path = blob_folder(folder).join(blob.digest.trim_start_matches("sha256:"));
             fs::hard_link(&blob.path, &path).with_context(|| format!("cannot link {}", path.display()))?;
             let diff_id = diff_id.as_str().unwrap_or_default().to_owned();
-            Ok(Layer { digest: blob.digest.clone(), diff_id, size: blob.size, path })
+            let packing = Packing::of(&blob.media_type);
+            Ok(Layer { digest: blob.digest.clone(), diff_id, size: blob.size, path, packing })
         });
         linked.collect()
+    }
+
+    /// This image behind an index in `folder`, where it comes after `elsewhere` for an architecture that no test machine has.
+    pub fn behind_index(&self, folder: &Path, family: Family, elsewhere: &Self) -> Result<Self> {
+        let entry = |image: &Self, architecture: &str| {
+            let manifest = &image.manifest;
+            json!({
+                "mediaType": manifest.media_type, "digest": manifest.digest, "size": manifest.size,
+                "platform": { "os": "linux", "architecture": architecture },
+            })
+        };
+        let manifests = [entry(elsewhere, "s390x"), entry(self, architecture())];
+        let index = json!({ "schemaVersion": 2, "mediaType": family.index(), "manifests": manifests });
+        Ok(Self { manifest: store(folder, family.index(), &index)?, ..self.clone() })
+    }
+
+    /// containerd's name of its top layer on all those below.
+    pub fn chain_id(&self) -> Result<String> {
+        let config =
+            fs::read(&self.config.path).with_context(|| format!("cannot read {}", self.config.path.display()))?;
+        let config: Value = serde_json::from_slice(&config).context("the image's configuration is not JSON")?;
+        let diff_ids = config["rootfs"]["diff_ids"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let chain = diff_ids.map(str::to_owned).reduce(|below, diff_id| {
+            let hex = hex_of(&Sha256::digest(format!("{below} {diff_id}").as_bytes()));
+            format!("sha256:{hex}")
+        });
+        chain.context("the image has no layers")
     }
 
     /// Bytes of all layers as the registry stores them.
     pub fn compressed_size(&self) -> u64 {
         self.layers.iter().map(|layer| layer.size).sum()
+    }
+}
+
+/// This machine's architecture, by OCI's name.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
     }
 }
 

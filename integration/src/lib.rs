@@ -4,11 +4,13 @@
 //! - [`sandbox`]: everything runs in a process, mount and network namespace of its own that the kernel tears down.
 //! - [`tools`]: where the programs come from. [`process`]: starting, watching and stopping them.
 //! - [`network`]: registry, seeder and node as three hosts on a switch, with a link speed and byte counters.
-//! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves.
+//! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves. [`client`]:
+//!   the programs that people pull and run images with.
 //! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
 //! - [`rivals`]: other lazy snapshotters, for the benchmarks. [`report`]: tables of medians.
 //! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
 
+pub mod client;
 pub mod compare;
 pub mod containerd;
 pub mod drover;

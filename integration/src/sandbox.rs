@@ -201,16 +201,21 @@ fn end(unshare: u32) {
     }
 }
 
-/// First steps inside: nothing that is mounted or put into `/run` is seen by the machine.
+/// First steps inside: nothing that is mounted, or put into `/run` or `/var/lib` (where CNI keeps its leases), is seen by the
+/// machine.
 fn prepare(run: &Run) -> Result<()> {
-    let scratch = run.folder.join("private-run");
-    let (upper, work) = (scratch.join("upper"), scratch.join("work"));
+    let scratch = run.folder.join("private");
     fs::create_dir_all(&scratch)?;
     process::run(Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&scratch))?;
-    fs::create_dir_all(&upper)?;
-    fs::create_dir_all(&work)?;
-    let options = format!("lowerdir=/run,upperdir={},workdir={}", upper.display(), work.display());
-    process::run(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay", "/run"]))?;
+    // The run's own folder must stay what it is.
+    for path in ["/run", "/var/lib"].into_iter().filter(|path| !run.folder.starts_with(path)) {
+        let name = path.trim_start_matches('/').replace('/', "-");
+        let (upper, work) = (scratch.join(format!("{name}-upper")), scratch.join(format!("{name}-work")));
+        fs::create_dir_all(&upper)?;
+        fs::create_dir_all(&work)?;
+        let options = format!("lowerdir={path},upperdir={},workdir={}", upper.display(), work.display());
+        process::run(Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay", path]))?;
+    }
     Ok(())
 }
 

@@ -10,14 +10,14 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, Cri, Setup};
 use crate::drover::{Cluster, Seeder, Snapshotter};
-use crate::network::Network;
+use crate::network::{Network, Place};
 use crate::process::{self, Daemon, wait_for};
 use crate::registry::Registry;
 use crate::rivals::Rival;
 use crate::sandbox::Run;
-use crate::tools::{Tools, workspace};
+use crate::tools::{Release, Tools, workspace};
 
 /// Everything but the nodes.
 #[derive(Debug)]
@@ -74,20 +74,25 @@ impl Scene {
 
     /// A node with nothing on its disk, running containerd only.
     pub fn plain_node(&mut self) -> Result<Node> {
-        self.node(Kind::Plain)
+        self.node(Kind::Plain, None)
     }
 
     /// A node with nothing on its disk, running containerd and Drover. `extra` is added to the snapshotter's configuration.
     pub fn drover_node(&mut self, extra: &str) -> Result<Node> {
-        self.node(Kind::Drover(extra))
+        self.node(Kind::Drover(extra), None)
+    }
+
+    /// The same with Kubernetes' interface.
+    pub fn kubernetes_node(&mut self, extra: &str, cri: &Cri) -> Result<Node> {
+        self.node(Kind::Drover(extra), Some(cri))
     }
 
     /// A node with nothing on its disk, running containerd and another lazy snapshotter.
     pub fn rival_node(&mut self, rival: Rival) -> Result<Node> {
-        self.node(Kind::Rival(rival))
+        self.node(Kind::Rival(rival), None)
     }
 
-    fn node(&mut self, kind: Kind<'_>) -> Result<Node> {
+    fn node(&mut self, kind: Kind<'_>, cri: Option<&Cri>) -> Result<Node> {
         self.nodes += 1;
         let folder = self.run.folder().join(format!("node-{}", self.nodes));
         let sockets = PathBuf::from(format!("/run/lab-{}", self.nodes));
@@ -109,7 +114,7 @@ impl Scene {
         if let Kind::Drover(extra) = kind {
             let cluster = self.cluster()?;
             // A node starts whether there is a seeder or not.
-            let seeder = format!("{}:7070", self.network.address(crate::network::Place::Seeder));
+            let seeder = format!("{}:7070", self.network.address(Place::Seeder));
             let snapshotter = Snapshotter::start(
                 &self.tools,
                 &self.network,
@@ -121,7 +126,7 @@ impl Scene {
                 plain_registry.as_deref(),
                 extra,
             )?;
-            drop_in = Some(our_drop_in(&snapshotter)?);
+            drop_in = Some(our_drop_in(self.tools.release, &snapshotter)?);
             node.snapshotter = Some(snapshotter);
         }
         node.containerd = Some(Containerd::start(
@@ -129,11 +134,22 @@ impl Scene {
             &self.network,
             &node.folder.join("containerd"),
             &node.containerd_socket,
-            drop_in.as_deref(),
-            plain_registry.as_deref(),
-            &self.run.control_group(),
+            &Setup {
+                drop_in: drop_in.as_deref(),
+                plain_registry: plain_registry.as_deref(),
+                control_group: &self.run.control_group(),
+                cri,
+            },
         )?);
         Ok(node)
+    }
+
+    /// Has the seeder ingest an image, so that its layers are known from now on.
+    pub fn ingest(&self, reference: &str) -> Result<()> {
+        let config = self.seeder.as_ref().context("no seeder runs")?.config();
+        let mut command = self.network.command(Place::Seeder, &self.tools.seeder);
+        process::run(command.arg("ingest").arg("--config").arg(config).arg(reference))?;
+        Ok(())
     }
 
     fn plain_registry(&self) -> Option<String> {
@@ -236,8 +252,9 @@ impl Drop for Node {
 }
 
 /// The drop-in of `contrib/containerd/` with this lab's paths.
-fn our_drop_in(snapshotter: &Snapshotter) -> Result<String> {
-    let path = workspace().join("contrib/containerd/drover-v3.toml");
+fn our_drop_in(release: Release, snapshotter: &Snapshotter) -> Result<String> {
+    let name = if release.has_version_3() { "drover-v3.toml" } else { "drover-v2.toml" };
+    let path = workspace().join("contrib/containerd").join(name);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let (socket, root) = (snapshotter.socket().display().to_string(), snapshotter.root().display().to_string());
     Ok(text.replace("/run/drover/drover.sock", &socket).replace("/var/lib/drover", &root))

@@ -1,5 +1,7 @@
 //! Where the programs come from: nothing is installed on the machine or started by its service manager.
 
+pub mod release;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail};
 
 use crate::process::run;
+pub use release::Release;
 
 /// Packages of the distribution that are downloaded and unpacked into a private folder.
 const PACKAGES: [&str; 3] = ["runc", "docker-registry", "busybox-static"];
@@ -18,8 +21,10 @@ pub const BUILT: &str = "DROVER_LAB_BUILT";
 /// Paths of all programs.
 #[derive(Clone, Debug)]
 pub struct Tools {
-    /// Folder with containerd 2.3's `containerd`, `ctr` and `containerd-shim-runc-v2`.
+    /// Folder with `containerd`, `ctr` and `containerd-shim-runc-v2`.
     pub containerd: PathBuf,
+    /// Which containerd that is; 2.3 unless [`Tools::with_containerd`] chose another.
+    pub release: Release,
     /// Folder with `runc`.
     pub runc: PathBuf,
     /// The image registry.
@@ -47,9 +52,10 @@ impl Tools {
         let lock = folder.join("prepare.lock");
         let lock = File::create(&lock).with_context(|| format!("cannot create {}", lock.display()))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the tools")?;
-        let packages = unpack_packages(&folder, progress)?;
+        let packages = unpack_packages(&folder, "packages", &PACKAGES, progress)?;
         let tools = Self {
-            containerd: build_go("containerd-2.3", progress)?,
+            containerd: build_go(Release::DEFAULT.module(), progress)?,
+            release: Release::DEFAULT,
             runc: packages.join("usr/sbin"),
             registry: packages.join("usr/bin/docker-registry"),
             busybox: packages.join("bin/busybox"),
@@ -69,6 +75,46 @@ impl Tools {
         *made = Some(tools.clone());
         Ok(tools)
     }
+
+    /// The same programs with another containerd, which is built or downloaded now if it is not here. `None` where the
+    /// distribution, which 1.6 comes from, has another one.
+    pub fn with_containerd(&self, release: Release, progress: &dyn Fn(&str)) -> Result<Option<Self>> {
+        let containerd = if release == Release::V1_6 {
+            let packages = unpack_packages(&target()?.join("tools"), "containerd-1.6", &["containerd"], progress)?;
+            packages.join("usr/bin")
+        } else {
+            build_go(release.module(), progress)?
+        };
+        let tools = Self { containerd, release, ..self.clone() };
+        let version = tools.containerd_version()?;
+        Ok(version.starts_with(&format!("{}.", release.name())).then_some(tools))
+    }
+
+    /// What containerd says about itself, like `2.3.7`.
+    pub fn containerd_version(&self) -> Result<String> {
+        // containerd github.com/containerd/containerd/v2 2.3.7+unknown REVISION; Debian's adds `~ds1`.
+        let printed = run(Command::new(self.containerd.join("containerd")).arg("--version"))?;
+        let version = printed.split_whitespace().nth(2).context("containerd printed no version")?;
+        let number: String =
+            version.trim_start_matches('v').chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        Ok(number)
+    }
+}
+
+/// nerdctl, built now if it is not here.
+pub fn nerdctl(progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    Ok(build_go("nerdctl", progress)?.join("nerdctl"))
+}
+
+/// crictl, built now if it is not here.
+pub fn crictl(progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    Ok(build_go("crictl", progress)?.join("crictl"))
+}
+
+/// Folder with the distribution's CNI plugins, downloaded now if they are not here.
+pub fn cni_plugins(progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    let package = "containernetworking-plugins";
+    Ok(unpack_packages(&target()?.join("tools"), package, &[package], progress)?.join("usr/lib/cni"))
 }
 
 /// The root of the source tree.
@@ -122,17 +168,19 @@ pub fn build_go(name: &str, progress: &dyn Fn(&str)) -> Result<PathBuf> {
     Ok(PathBuf::from(printed.trim()))
 }
 
-/// Downloads [`PACKAGES`] with apt and unpacks them below `folder`, without installing anything.
-fn unpack_packages(folder: &Path, progress: &dyn Fn(&str)) -> Result<PathBuf> {
-    let (done, packages) = (folder.join("packages"), folder.join("packages.new"));
-    let stamp = PACKAGES.join(" ");
+/// Downloads `names` with apt and unpacks them into `name` below `folder`, without installing anything.
+fn unpack_packages(folder: &Path, name: &str, names: &[&str], progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    let (done, packages) = (folder.join(name), folder.join(format!("{name}.new")));
+    let lock = File::create(folder.join(format!("{name}.lock"))).context("cannot create a lock")?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the packages")?;
+    let stamp = names.join(" ");
     if fs::read_to_string(done.join("stamp")).is_ok_and(|text| text == stamp) {
         return Ok(done);
     }
-    progress("downloading runc, docker-registry and busybox");
+    progress(&format!("downloading {}", names.join(", ")));
     let _ = fs::remove_dir_all(&packages);
     fs::create_dir_all(&packages)?;
-    let download = || run(Command::new("apt-get").current_dir(&packages).args(["download", "-qq"]).args(PACKAGES));
+    let download = || run(Command::new("apt-get").current_dir(&packages).args(["download", "-qq"]).args(names));
     if download().is_err() {
         // A fresh machine has no lists of packages yet, or old ones.
         run(Command::new("apt-get").args(["update", "-qq"])).context("cannot fetch the lists of packages")?;

@@ -128,7 +128,7 @@ fn a_lazy_image_is_used_like_any_other() {
             status().is_ok_and(|status| status.images.is_empty() && status.bytes_here == 0)
         })
         .with_context(|| format!("{:?}", status()))?;
-        let left = disk_use(node.snapshotter()?.root())?;
+        let left = node.snapshotter()?.disk_use()?;
         ensure!(
             left < 4 << 20,
             "{left} bytes are left on the disk of an image of {} MiB",
@@ -339,15 +339,4 @@ fn mount(command: &str) -> Result<()> {
 
 fn path(path: &Path) -> Result<&str> {
     path.to_str().context("a path is not UTF-8")
-}
-
-/// Bytes that a folder takes on the disk, holes not counted.
-fn disk_use(folder: &Path) -> Result<u64> {
-    use std::os::unix::fs::MetadataExt;
-    let mut bytes = 0;
-    for entry in fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
-        let metadata = entry.as_ref().map_err(|error| anyhow::anyhow!("{error}"))?.metadata()?;
-        bytes += if metadata.is_dir() { disk_use(&entry?.path())? } else { metadata.blocks() * 512 };
-    }
-    Ok(bytes)
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lab::compare::compare;
-use lab::containerd::Containerd;
+use lab::containerd::{Containerd, Setup};
 use lab::image::small;
 use lab::network::Place;
 use lab::process::{self, Daemon, wait_for};
@@ -62,9 +62,12 @@ fn ordinary(run: &Run) -> Result<()> {
         network,
         &run.folder().join("containerd"),
         containerd_socket,
-        Some(&drop_in),
-        Some(&registry.host()),
-        &run.control_group(),
+        &Setup {
+            drop_in: Some(&drop_in),
+            plain_registry: Some(&registry.host()),
+            control_group: &run.control_group(),
+            cri: None,
+        },
     )?;
 
     containerd.pull(network, "drover", &reference)?;

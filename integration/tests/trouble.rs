@@ -153,7 +153,8 @@ fn sparse_tar() -> Vec<u8> {
 fn a_lying_registry_is_named_and_forgiven() {
     run_test("a_lying_registry_is_named_and_forgiven", |run_of| {
         let tools = Tools::prepare(&|_| {})?;
-        let image = small::build_variant(&run_of.folder().join("image"), &tools.busybox, "told\n")?;
+        let image =
+            small::build_variant(&run_of.folder().join("image"), &tools.busybox, small::Amount::FULL, "told\n")?;
         let storage = run_of.folder().join("registry");
         let mut scene = Scene::private(run_of, tools, &storage)?;
         let reference = push(&scene, &image, "test/lies")?;
@@ -341,7 +342,8 @@ fn a_node_that_cannot_be_lazy_says_why() {
 fn a_damaged_index_is_made_again() {
     run_test("a_damaged_index_is_made_again", |run_of| {
         let tools = Tools::prepare(&|_| {})?;
-        let image = small::build_variant(&run_of.folder().join("image"), &tools.busybox, "index\n")?;
+        let image =
+            small::build_variant(&run_of.folder().join("image"), &tools.busybox, small::Amount::FULL, "index\n")?;
         let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
         let reference = push(&scene, &image, "test/index")?;
         scene.start_seeder(true)?;

@@ -19,8 +19,8 @@ for name in "$@"; do
     [ -f "$module/go.mod" ] || { echo "$0: no module $name in $here" >&2; exit 2; }
     out=$target/tools/bin/$name
     stamp=$target/tools/$name.stamp
-    # Two callers may want the same program at once: one builds, the other waits and finds it done.
-    exec 9>"$target/tools/$name.lock"
+    # One build at a time: it uses all processors, and the next one reuses packages that both compile.
+    exec 9>"$target/tools/build.lock"
     flock 9
     want=$( (cd "$module" && go version && find . -name "*.go" -o -name "go.*" | LC_ALL=C sort | xargs sha256sum --) | sha256sum)
     if [ ! -d "$out" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then

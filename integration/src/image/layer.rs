@@ -1,4 +1,4 @@
-//! Writing one layer: a tar through gzip.
+//! Writing one layer: a tar through a program that compresses.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -14,6 +14,44 @@ use tar::{Builder, EntryType, Header};
 
 use super::{blob_folder, hex_of};
 
+/// How a layer's tar is packed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Packing {
+    /// One gzip member.
+    #[default]
+    Gzip,
+    /// One zstd frame.
+    Zstd,
+    /// Many zstd frames, each followed by a skippable one, as zstd:chunked has them.
+    ZstdFrames,
+    /// Not at all.
+    Plain,
+}
+
+impl Packing {
+    /// How a layer of this media type is packed; the number of frames is not told.
+    pub(super) fn of(media_type: &str) -> Self {
+        match media_type {
+            name if name.ends_with("gzip") => Self::Gzip,
+            name if name.ends_with("zstd") => Self::Zstd,
+            _ => Self::Plain,
+        }
+    }
+
+    fn command(self) -> Command {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(match self {
+            Self::Gzip => "exec gzip -6 -n",
+            Self::Zstd => "exec zstd -q -3 -c",
+            Self::ZstdFrames => {
+                r#"exec split -b 300000 --filter='zstd -q -3 -c; printf "\120\052\115\030\004\000\000\000skip"' -"#
+            }
+            Self::Plain => "exec cat",
+        });
+        command
+    }
+}
+
 /// A written layer.
 #[derive(Clone, Debug)]
 pub struct Layer {
@@ -25,6 +63,8 @@ pub struct Layer {
     pub size: u64,
     /// The blob.
     pub path: PathBuf,
+    /// How the tar is packed in it.
+    pub packing: Packing,
 }
 
 impl Layer {
@@ -35,7 +75,7 @@ impl Layer {
         fs::create_dir_all(blob_folder(folder))?;
         fs::write(&path, blob).with_context(|| format!("cannot write {}", path.display()))?;
         let digest = format!("sha256:{hex}");
-        Ok(Self { digest, diff_id: diff_id.to_owned(), size: blob.len() as u64, path })
+        Ok(Self { digest, diff_id: diff_id.to_owned(), size: blob.len() as u64, path, packing: Packing::Gzip })
     }
 }
 
@@ -62,7 +102,8 @@ impl Attributes {
 /// Appends entries to a layer.
 pub struct LayerWriter {
     builder: Builder<HashingWriter<BufWriter<ChildStdin>>>,
-    gzip: Child,
+    packing: Packing,
+    packer: Child,
     folder: PathBuf,
     unfinished: PathBuf,
 }
@@ -70,16 +111,20 @@ pub struct LayerWriter {
 impl LayerWriter {
     /// Starts a layer of the image in `folder`. `name` tells unfinished layers apart that are written at the same time.
     pub fn create(folder: &Path, name: &str) -> Result<Self> {
+        Self::create_packed(folder, name, Packing::Gzip)
+    }
+
+    /// The same with a packing of choice.
+    pub fn create_packed(folder: &Path, name: &str, packing: Packing) -> Result<Self> {
         let blobs = blob_folder(folder);
         fs::create_dir_all(&blobs).with_context(|| format!("cannot create {}", blobs.display()))?;
         let unfinished = blobs.join(format!("{name}.unfinished"));
         let out = File::create(&unfinished).with_context(|| format!("cannot write {}", unfinished.display()))?;
-        let mut gzip = Command::new("gzip");
-        let mut gzip =
-            gzip.args(["-6", "-n"]).stdin(Stdio::piped()).stdout(out).spawn().context("cannot start gzip")?;
-        let stdin = gzip.stdin.take().context("gzip has no input")?;
+        let mut packer = packing.command();
+        let mut packer = packer.stdin(Stdio::piped()).stdout(out).spawn().context("cannot start a shell")?;
+        let stdin = packer.stdin.take().context("the packer has no input")?;
         let hashing = HashingWriter { inner: BufWriter::with_capacity(1 << 18, stdin), hash: Sha256::new() };
-        Ok(Self { builder: Builder::new(hashing), gzip, folder: folder.to_owned(), unfinished })
+        Ok(Self { builder: Builder::new(hashing), packing, packer, folder: folder.to_owned(), unfinished })
     }
 
     /// A directory.
@@ -178,14 +223,14 @@ impl LayerWriter {
 
     /// Ends the layer; its blob is now named by its digest.
     pub fn finish(self) -> Result<Layer> {
-        let Self { builder, mut gzip, folder, unfinished } = self;
+        let Self { builder, packing, mut packer, folder, unfinished } = self;
         let mut hashing = builder.into_inner().context("cannot end the tar")?;
         hashing.flush().context("cannot end the tar")?;
         let HashingWriter { inner, hash } = hashing;
         drop(inner);
-        let status = gzip.wait().context("cannot wait for gzip")?;
+        let status = packer.wait().context("cannot wait for the packer")?;
         if !status.success() {
-            bail!("gzip failed: {status}");
+            bail!("packing a layer ({packing:?}) failed: {status}");
         }
         let mut blob = File::open(&unfinished)?;
         let (mut digest, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
@@ -201,7 +246,7 @@ impl LayerWriter {
         let path = blob_folder(&folder).join(&hex);
         fs::rename(&unfinished, &path).with_context(|| format!("cannot name {}", path.display()))?;
         let diff_id = format!("sha256:{}", hex_of(&hash.finalize()));
-        Ok(Layer { digest: format!("sha256:{hex}"), diff_id, size, path })
+        Ok(Layer { digest: format!("sha256:{hex}"), diff_id, size, path, packing })
     }
 
     fn entry(&mut self, mut header: Header, path: &[u8], link: Option<&[u8]>, contents: impl Read) -> Result<()> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tar::EntryType;
 
-use super::{Image, LayerWriter, layer::Attributes};
+use super::{Family, Form, Image, LayerWriter, layer::Attributes};
 
 /// A file of the image that is large enough to be fetched in parts.
 pub const LARGE_FILE: &str = "/srv/large";
@@ -17,21 +17,52 @@ pub const LARGE_FILE_SIZE: u64 = 24 << 20;
 /// Small files below `/srv/many`.
 pub const MANY_FILES: usize = 10_000;
 
+const PATH: &str = "/usr/local/bin:/bin";
+
+/// How much of it there is.
+#[derive(Clone, Copy, Debug)]
+pub struct Amount {
+    /// Small files below `/srv/many`, at least 8.
+    pub files: usize,
+    /// Bytes of [`LARGE_FILE`].
+    pub large_file: u64,
+}
+
+impl Amount {
+    /// The whole.
+    pub const FULL: Self = Self { files: MANY_FILES, large_file: LARGE_FILE_SIZE };
+
+    /// For tests that pull it many times.
+    pub const LITTLE: Self = Self { files: 500, large_file: 6 << 20 };
+}
+
 /// Builds the image into `folder`, or opens it when it is there already.
 pub fn build(folder: &Path, busybox: &Path) -> Result<Image> {
+    build_amount(folder, busybox, Amount::FULL)
+}
+
+/// The same with as much in it as is asked for.
+pub fn build_amount(folder: &Path, busybox: &Path, amount: Amount) -> Result<Image> {
     if let Ok(image) = Image::open(folder) {
         return Ok(image);
     }
-    let layers = [base(folder, busybox)?, content(folder)?, changes(folder)?, odd(folder)?];
-    Image::assemble(folder, &layers, "/usr/local/bin:/bin")
+    let layers = [base(folder, busybox)?, content(folder, amount)?, changes(folder)?, odd(folder)?];
+    Image::assemble(folder, &layers, PATH)
 }
 
-/// A further image on the same layers is not the same image: one more layer with `text` in `/version`.
-pub fn build_variant(folder: &Path, busybox: &Path, text: &str) -> Result<Image> {
+/// A further image on the same lower layers is not the same image: one more layer with `text` in `/version`.
+pub fn build_variant(folder: &Path, busybox: &Path, amount: Amount, text: &str) -> Result<Image> {
     let mut layer = LayerWriter::create(folder, "variant")?;
     layer.file("version", Attributes::root(0o644), text.as_bytes())?;
-    let layers = [base(folder, busybox)?, content(folder)?, layer.finish()?];
-    Image::assemble(folder, &layers, "/usr/local/bin:/bin")
+    let layers = [base(folder, busybox)?, content(folder, amount)?, layer.finish()?];
+    Image::assemble(folder, &layers, PATH)
+}
+
+/// An image whose container sleeps: it keeps the namespaces of a pod.
+pub fn build_pause(folder: &Path, busybox: &Path) -> Result<Image> {
+    let command = &["/bin/sleep", "2147483647"];
+    let form = Form { family: Family::Oci, path_variable: PATH, command };
+    Image::assemble_as(folder, &[base(folder, busybox)?], form)
 }
 
 /// A root file system of busybox alone.
@@ -77,14 +108,14 @@ pub fn base(folder: &Path, busybox: &Path) -> Result<super::Layer> {
 }
 
 /// Bytes to be lazy about, and many small files.
-fn content(folder: &Path) -> Result<super::Layer> {
+fn content(folder: &Path, amount: Amount) -> Result<super::Layer> {
     let mut layer = LayerWriter::create(folder, "content")?;
     layer.directory("srv", Attributes::root(0o755))?;
-    layer.file(&LARGE_FILE[1..], Attributes::root(0o644), &noise(1, LARGE_FILE_SIZE as usize))?;
+    layer.file(&LARGE_FILE[1..], Attributes::root(0o644), &noise(1, amount.large_file as usize))?;
     layer.file("srv/zeros", Attributes::root(0o644), &vec![0; 5 << 20])?;
     layer.file("srv/empty", Attributes::root(0o644), &[])?;
     layer.directory("srv/many", Attributes::root(0o755))?;
-    for number in 0..MANY_FILES {
+    for number in 0..amount.files {
         if number % 250 == 0 {
             layer.directory(&format!("srv/many/{:03}", number / 250), Attributes::root(0o755))?;
         }
