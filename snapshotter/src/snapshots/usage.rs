@@ -118,10 +118,12 @@ mod tests {
                 _ => panic!(),
             }
             let path = path.as_bytes().to_vec();
+            // A hard link has the attributes of its target.
+            let mode = if matches!(kind, Kind::HardLink { .. }) { 0 } else { 0o755 };
             entries.push(Entry {
                 path,
                 kind,
-                mode: 0o755,
+                mode,
                 uid: 0,
                 gid: 0,
                 mtime: Mtime::default(),
