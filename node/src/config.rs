@@ -137,16 +137,69 @@ enum SecurityMode {
     Off,
 }
 
-/// Registries that need more than HTTPS with the system's authorities, by host as image references name it
-/// (`registry.local:5000`, `docker.io`). The host `*` stands for all that are not named.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct RegistriesConfig(pub BTreeMap<String, RegistryConfig>);
+/// Registries: where `hosts.toml` files are looked for, and a table for each that needs more than HTTPS with the system's
+/// authorities, by host as image references name it (`registry.local:5000`, `docker.io`). The host `*` stands for all
+/// that are not named.
+///
+/// ```toml
+/// [registry]
+/// config_path = "/etc/containerd/certs.d"
+/// [registry."registry.local:5000"]
+/// plain_http = true
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistriesConfig {
+    /// Folders like containerd's `certs.d`, looked at in order.
+    pub config_path: Vec<PathBuf>,
+    /// Tables by host.
+    pub hosts: BTreeMap<String, RegistryConfig>,
+}
+
+impl Default for RegistriesConfig {
+    /// containerd's own folders, no tables.
+    fn default() -> Self {
+        Self { config_path: folders("/etc/containerd/certs.d:/etc/docker/certs.d"), hosts: BTreeMap::new() }
+    }
+}
 
 impl RegistriesConfig {
     /// The settings of `host`.
     pub fn of(&self, host: &str) -> RegistryConfig {
-        self.0.get(host).or_else(|| self.0.get("*")).cloned().unwrap_or_default()
+        self.hosts.get(host).or_else(|| self.hosts.get("*")).cloned().unwrap_or_default()
+    }
+}
+
+/// Folders between colons, as containerd's own `config_path` has them.
+fn folders(text: &str) -> Vec<PathBuf> {
+    text.split(':').filter(|folder| !folder.is_empty()).map(PathBuf::from).collect()
+}
+
+impl<'de> Deserialize<'de> for RegistriesConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct RegistriesVisitor;
+
+        impl<'de> Visitor<'de> for RegistriesVisitor {
+            type Value = RegistriesConfig;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("config_path and tables by host")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RegistriesConfig, A::Error> {
+                let mut config = RegistriesConfig::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    match key.as_str() {
+                        "config_path" => config.config_path = folders(&map.next_value::<String>()?),
+                        _ => {
+                            config.hosts.insert(key, map.next_value()?);
+                        }
+                    }
+                }
+                Ok(config)
+            }
+        }
+
+        deserializer.deserialize_map(RegistriesVisitor)
     }
 }
 
@@ -159,6 +212,10 @@ pub struct RegistryConfig {
     pub plain_http: bool,
     /// PEM file with authorities that are trusted besides the system's.
     pub ca: Option<PathBuf>,
+    /// PEM file with the certificate chain that this machine shows to the registry.
+    pub certificate: Option<PathBuf>,
+    /// PEM file with its private key; where it is left out, the key stands in the file of the certificate.
+    pub key: Option<PathBuf>,
     /// A Docker `config.json` with credentials or names of credential helpers; where it is left out,
     /// `$DOCKER_CONFIG/config.json` and then `~/.docker/config.json` are looked at.
     pub docker_config: Option<PathBuf>,
@@ -321,6 +378,7 @@ mod tests {
         named("security = \"off\"\nlimits = 3", "limits");
         named("security = \"off\"\nseeders = [\"host\"]", "host:port");
         named("security = \"off\"\n[registries.\"r:5000\"]\nplain = true", "plain");
+        named("security = \"off\"\n[registries]\nconfig_paths = \"/x\"", "config_paths");
     }
 
     #[test]
@@ -344,7 +402,12 @@ mod tests {
         .unwrap();
         assert!(sample.registries.of("r:5000").plain_http);
         assert_eq!(sample.registries.of("other").docker_config, Some("d".into()));
+        assert_eq!(sample.registries.config_path, RegistriesConfig::default().config_path);
         assert_eq!(sample.seeders.iter().collect::<Vec<_>>(), [("s.local", 7070), ("::1", 70)]);
         assert_eq!(sample.limit, Some(ByteSize::mib(2)));
+        let sample = parse("security = \"off\"\n[registries]\nconfig_path = \"/a:/b\"").unwrap();
+        assert_eq!(sample.registries.config_path, [PathBuf::from("/a"), "/b".into()]);
+        let sample = parse("security = \"off\"\n[registries]\nconfig_path = \"\"").unwrap();
+        assert!(sample.registries.config_path.is_empty());
     }
 }

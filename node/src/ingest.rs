@@ -40,7 +40,7 @@ use self::ledger::{Ledger, Reservation};
 use self::pass::{Pass, PassError};
 use self::store::{IncomingBlob, Store};
 use crate::config::CacheConfig;
-use crate::registry::{self, RegistryError};
+use crate::registry::{self, Fault, RegistryError};
 use crate::security::{Signed, Signer};
 use crate::source::BlobRef;
 use crate::store::{Disk, Room};
@@ -53,12 +53,6 @@ const AHEAD_BYTES_MAX: usize = 4 << 20;
 /// Doubled with each failure in a row, up to [`FAILURE_REST_MAX`].
 const FAILURE_REST: Duration = Duration::from_secs(2);
 const FAILURE_REST_MAX: Duration = Duration::from_secs(30);
-/// Tries without a single new byte before a download is given up.
-const TRIES_MAX: u32 = 5;
-/// Pause after the first failed try; it doubles.
-const RETRY_PAUSE: Duration = Duration::from_millis(200);
-/// The longest rest of a registry that a download sits out.
-const REST_MAX: Duration = Duration::from_secs(30);
 /// How often a waiting ingest tells that others move.
 const TELL_WAITING: Duration = Duration::from_millis(500);
 /// The most ingests that wait or run.
@@ -511,7 +505,7 @@ impl Ingester {
         published.await.map_err(|error| Ended::store(blob, &error))
     }
 
-    /// Sends the blob's bytes from `start` on. A connection that breaks is made again from where it broke.
+    /// Sends the blob's bytes from `start` on.
     async fn download(
         &self,
         blob: &BlobRef,
@@ -519,66 +513,44 @@ impl Ingester {
         pieces: PieceSender,
         phase: &watch::Sender<Phase>,
     ) -> Result<(), IngestFailure> {
-        let (mut at, mut tries) = (start, 0);
-        loop {
-            let before = at;
-            let error = match self.download_on(blob, &mut at, &pieces, phase).await {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
-            };
-            tries = if at > before { 1 } else { tries + 1 };
-            let pause = match &error {
-                RegistryError::Busy { retry_after: Some(rest), .. } if *rest <= REST_MAX => *rest,
-                _ => RETRY_PAUSE * 2u32.pow(tries.min(5)),
-            };
-            if !error.is_transient() || tries >= TRIES_MAX || pieces.is_closed() {
-                return Err(error.into());
-            }
-            tracing::debug!(%blob, at, %error, "the download is taken up again");
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    async fn download_on(
-        &self,
-        blob: &BlobRef,
-        at: &mut u64,
-        pieces: &PieceSender,
-        phase: &watch::Sender<Phase>,
-    ) -> Result<(), RegistryError> {
-        if blob.size > 0 && *at == blob.size {
+        if blob.size > 0 && start == blob.size {
             return Ok(());
         }
-        let mut body = self.shared.registry.blob(blob, *at, None).await?;
         let max = self.shared.options.blob_size_max;
-        let too_large = || RegistryError::Protocol {
-            host: blob.registry.clone(),
-            reason: format!("{blob} is larger than {max} bytes, the limit of this seeder"),
+        let too_large = || {
+            let reason = format!("it is larger than {max} bytes, the limit of this seeder (limits.blob_size)");
+            RegistryError::of_blob(blob, Fault::Protocol { reason })
         };
-        if let Some(total) = body.total() {
-            if total > max {
-                return Err(too_large());
-            }
-            phase.send_if_modified(|phase| match phase {
-                Phase::Running(progress) if progress.blob_size != total => {
-                    progress.blob_size = total;
-                    true
+        let (mut download, mut at, mut told) = (self.shared.registry.download(blob, start), start, false);
+        loop {
+            let next = tokio::select! {
+                next = download.next() => next?,
+                // The pass stopped and says why.
+                () = pieces.closed() => return Ok(()),
+            };
+            let Some(bytes) = next else { return Ok(()) };
+            if let (false, Some(total)) = (told, download.total()) {
+                if total > max {
+                    return Err(too_large().into());
                 }
-                _ => false,
-            });
-        }
-        while let Some(bytes) = body.next().await? {
-            *at += bytes.len() as u64;
+                phase.send_if_modified(|phase| match phase {
+                    Phase::Running(progress) if progress.blob_size != total => {
+                        progress.blob_size = total;
+                        true
+                    }
+                    _ => false,
+                });
+                told = true;
+            }
+            at += bytes.len() as u64;
             self.shared.read.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            if *at > max {
-                return Err(too_large());
+            if at > max {
+                return Err(too_large().into());
             }
             if !pieces.send(bytes).await {
-                // The pass stopped and says why.
                 return Ok(());
             }
         }
-        Ok(())
     }
 }
 
@@ -611,8 +583,9 @@ impl PieceSender {
         room.is_ok_and(|_counted| self.pieces.send(Piece { bytes, _counted }).is_ok())
     }
 
-    fn is_closed(&self) -> bool {
-        self.pieces.is_closed()
+    /// Waits until the pass takes no more.
+    async fn closed(&self) {
+        self.pieces.closed().await;
     }
 }
 

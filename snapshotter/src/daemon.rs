@@ -156,7 +156,7 @@ fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> an
     let security = Security::load(&config.security, Role::Node).context("cannot set up security")?;
     let resolver = Resolver::new(node.clone(), &config.seeder.addresses, &security, &config.registry);
     let containerd = Connection::new(&config.containerd.socket);
-    let registries = config.registry.0.keys().cloned();
+    let registries = config.registry.hosts.keys().cloned();
     Ok(ImageLayers {
         node,
         resolutions: Resolutions::new(Arc::new(resolver)),

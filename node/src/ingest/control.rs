@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::{IngestFailure, Ingester, Phase};
-use crate::registry::RegistryError;
+use crate::registry::Fault;
 use crate::source::BlobRef;
 
 /// Path of all of the service's methods, for the router.
@@ -93,13 +93,17 @@ fn events(phase: watch::Receiver<Phase>) -> Events {
 fn status(error: &IngestFailure) -> Status {
     let text = error.to_string();
     match error {
-        IngestFailure::Registry(error) => match error {
-            RegistryError::NotFound { .. } => Status::not_found(text),
-            RegistryError::Denied { .. } | RegistryError::Credentials { .. } => Status::permission_denied(text),
-            RegistryError::Protocol { .. } => Status::failed_precondition(text),
-            RegistryError::Unreachable { .. } | RegistryError::Stalled { .. } | RegistryError::Busy { .. } => {
-                Status::unavailable(text)
+        IngestFailure::Registry(error) => match error.fault {
+            Fault::NotFound { .. } => Status::not_found(text),
+            Fault::Denied { .. } | Fault::Credentials { .. } => Status::permission_denied(text),
+            Fault::Protocol { .. } | Fault::Configuration { .. } | Fault::Tls { .. } => {
+                Status::failed_precondition(text)
             }
+            Fault::Name { .. }
+            | Fault::Unreachable { .. }
+            | Fault::Proxy { .. }
+            | Fault::Stalled { .. }
+            | Fault::Busy { .. } => Status::unavailable(text),
         },
         IngestFailure::WrongBlob { .. } => Status::data_loss(text),
         IngestFailure::Content { .. } => Status::failed_precondition(text),

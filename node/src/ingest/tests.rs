@@ -403,7 +403,7 @@ async fn what_cannot_be_lazy_says_why() {
     assert!(!reason.is_empty());
     let missing = BlobRef { digest: Digest::of(b"missing"), ..broken };
     let Phase::Failed(error) = finished(ingester.ask(&missing).await.unwrap()).await else { panic!("it is there") };
-    assert!(matches!(error, IngestFailure::Registry(RegistryError::NotFound { .. })), "{error}");
+    assert!(matches!(error, IngestFailure::Registry(RegistryError { fault: Fault::NotFound { .. }, .. })), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,36 +1,36 @@
-//! Authentication at registries: challenges (RFC 9110, 11.6.1), bearer tokens (distribution's token specification and
-//! its OAuth2 variant) and credentials from Docker's configuration.
+//! Authentication at registries: challenges (RFC 9110, 11.6.1) and bearer tokens (distribution's token specification and
+//! its OAuth2 variant).
 
 use std::collections::HashMap;
-use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
-use docker_credential::{CredentialRetrievalError, DockerCredential};
 use http::{HeaderMap, HeaderValue, header};
 use parking_lot::Mutex;
 use reqwest::Url;
 use serde::Deserialize;
 
-use super::client::{RegistryError, read_bounded};
+use super::answer;
+use super::credentials::{Credential, Credentials};
+use super::error::Fault;
+use super::proxy::{self, Proxies};
 
 /// The most bytes of a token server's answer: tokens of cloud registries have some KiB.
 const TOKEN_BYTES_MAX: usize = 256 << 10;
 /// What a token without `expires_in` is good for (token specification).
 const TOKEN_VALIDITY: Duration = Duration::from_secs(60);
-/// How long credentials of Docker's configuration are used before they are looked up again.
+/// The longest that a token is used, whatever its server says.
+const TOKEN_VALIDITY_MAX: Duration = Duration::from_secs(24 * 3600);
+/// How long credentials are used before they are looked up again.
 const BASIC_VALIDITY: Duration = Duration::from_secs(300);
-/// How long a credential helper may take.
-const HELPER_DEADLINE: Duration = Duration::from_secs(10);
 /// The most repositories of a registry whose tokens are kept.
 const SLOTS_MAX: usize = 1024;
+/// The most challenges of an answer that are read, and the most parameters of one.
+const CHALLENGES_MAX: usize = 16;
 /// Client name in OAuth2 requests.
 const CLIENT_ID: &str = "drover";
-
-/// Credential helpers are programs that may hang; no more of them than this run at once.
-static HELPERS: LazyLock<Arc<tokio::sync::Semaphore>> = LazyLock::new(|| Arc::new(tokio::sync::Semaphore::new(4)));
 
 /// One challenge of a `WWW-Authenticate` header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl Challenge {
     }
 }
 
-/// The authorizations for one registry, a slot for each repository. A slot's lock is held while its token is fetched,
+/// The authorizations for one endpoint, a slot for each repository. A slot's lock is held while its token is fetched,
 /// so that however many requests wait, one token is asked for.
 #[derive(Default)]
 pub(super) struct Authorizations {
@@ -69,33 +69,31 @@ pub(super) struct Authorizations {
 struct Slot {
     challenge: Option<Challenge>,
     current: Option<(HeaderValue, Instant)>,
+    /// The last failure, for those who waited for the same token.
+    failed: Option<(Fault, Instant)>,
 }
 
-/// What a token request needs of its registry.
-pub(super) struct Registry<'a> {
+/// What a token request needs of its endpoint.
+pub(super) struct Asker<'a> {
     pub(super) http: &'a reqwest::Client,
+    /// The endpoint's host with port.
     pub(super) host: &'a str,
-    pub(super) plain_http: bool,
+    /// The endpoint is asked without TLS, so its token server may be as well.
+    pub(super) may_be_plain: bool,
+    pub(super) credentials: &'a Credentials,
     pub(super) docker_config: Option<&'a PathBuf>,
+    pub(super) proxies: &'a Proxies,
     pub(super) deadline: Duration,
 }
 
 impl Authorizations {
     /// The `Authorization` to send for `repository`; `None` while its registry never asked for one.
-    pub(super) async fn get(
-        &self,
-        registry: &Registry<'_>,
-        repository: &str,
-    ) -> Result<Option<HeaderValue>, RegistryError> {
-        let slot = self.slot(repository);
+    pub(super) async fn get(&self, asker: &Asker<'_>, repository: &str) -> Result<Option<HeaderValue>, Fault> {
+        let (slot, since) = (self.slot(repository), Instant::now());
         let mut slot = slot.lock().await;
-        match (&slot.current, &slot.challenge) {
+        match (&slot.current, slot.challenge.clone()) {
             (Some((value, until)), _) if Instant::now() < *until => Ok(Some(value.clone())),
-            (_, Some(challenge)) => {
-                let fresh = authorize(registry, repository, challenge).await?;
-                slot.current = fresh.clone();
-                Ok(fresh.map(|(value, _)| value))
-            }
+            (_, Some(challenge)) => slot.fetch(asker, repository, &challenge, since).await,
             _ => Ok(None),
         }
     }
@@ -103,12 +101,12 @@ impl Authorizations {
     /// A new authorization after `refused` was answered with `challenge`; `None` where there are no credentials for it.
     pub(super) async fn renew(
         &self,
-        registry: &Registry<'_>,
+        asker: &Asker<'_>,
         repository: &str,
         challenge: Challenge,
         refused: Option<&HeaderValue>,
-    ) -> Result<Option<HeaderValue>, RegistryError> {
-        let slot = self.slot(repository);
+    ) -> Result<Option<HeaderValue>, Fault> {
+        let (slot, since) = (self.slot(repository), Instant::now());
         let mut slot = slot.lock().await;
         if let Some((value, until)) = &slot.current
             && Some(value) != refused
@@ -116,11 +114,9 @@ impl Authorizations {
         {
             return Ok(Some(value.clone()));
         }
-        slot.current = None;
-        let fresh = authorize(registry, repository, &challenge).await?;
+        let fresh = slot.fetch(asker, repository, &challenge, since).await?;
         slot.challenge = Some(challenge);
-        slot.current = fresh.clone();
-        Ok(fresh.map(|(value, _)| value))
+        Ok(fresh)
     }
 
     fn slot(&self, repository: &str) -> Arc<tokio::sync::Mutex<Slot>> {
@@ -132,168 +128,198 @@ impl Authorizations {
     }
 }
 
-async fn authorize(
-    registry: &Registry<'_>,
-    repository: &str,
-    challenge: &Challenge,
-) -> Result<Option<(HeaderValue, Instant)>, RegistryError> {
-    let credential = credential(registry).await?;
-    match challenge {
-        Challenge::Basic => match credential {
-            Some(DockerCredential::UsernamePassword(user, password)) => {
-                Ok(Some((basic(registry, &user, &password)?, Instant::now() + BASIC_VALIDITY)))
+impl Slot {
+    /// A new authorization; `since` is when its asker came.
+    async fn fetch(
+        &mut self,
+        asker: &Asker<'_>,
+        repository: &str,
+        challenge: &Challenge,
+        since: Instant,
+    ) -> Result<Option<HeaderValue>, Fault> {
+        // Whoever waited while another's request failed would only repeat it.
+        if let Some((fault, at)) = &self.failed
+            && *at >= since
+        {
+            return Err(fault.clone());
+        }
+        self.current = None;
+        match authorize(asker, repository, challenge).await {
+            Ok(fresh) => {
+                self.failed = None;
+                self.current.clone_from(&fresh);
+                Ok(fresh.map(|(value, _)| value))
             }
-            Some(DockerCredential::IdentityToken(_)) | None => Ok(None),
-        },
-        Challenge::Bearer { realm, service, scope } => {
-            let scope = scope.clone().unwrap_or_else(|| format!("repository:{repository}:pull"));
-            let (token, validity) = token(registry, realm, service.as_deref(), &scope, credential).await?;
-            let value = sensitive(registry, &format!("Bearer {token}"))?;
-            // A token is renewed when a fifth of its life is left, so that no request goes out with one that expires
-            // on its way.
-            Ok(Some((value, Instant::now() + validity.mul_f32(0.8))))
+            Err(fault) => {
+                self.failed = Some((fault.clone(), Instant::now()));
+                Err(fault)
+            }
         }
     }
 }
 
-#[derive(Deserialize)]
-struct TokenAnswer {
-    token: Option<String>,
-    access_token: Option<String>,
-    expires_in: Option<u64>,
+async fn authorize(
+    asker: &Asker<'_>,
+    repository: &str,
+    challenge: &Challenge,
+) -> Result<Option<(HeaderValue, Instant)>, Fault> {
+    let credential = asker.credentials.of(asker.host, asker.docker_config).await?;
+    match (challenge, credential) {
+        (Challenge::Basic, Some(Credential::Password { user, password })) => {
+            Ok(Some((basic(&user, &password)?, Instant::now() + BASIC_VALIDITY)))
+        }
+        (Challenge::Basic, _) => Ok(None),
+        (Challenge::Bearer { .. }, Some(Credential::Token(token))) => {
+            Ok(Some((sensitive(&format!("Bearer {token}"))?, Instant::now() + BASIC_VALIDITY)))
+        }
+        (Challenge::Bearer { realm, service, scope }, credential) => {
+            let scope = scope.clone().unwrap_or_else(|| format!("repository:{repository}:pull"));
+            let asked = Instant::now();
+            let (token, validity) = token(asker, realm, service.as_deref(), &scope, credential).await?;
+            let value = sensitive(&format!("Bearer {token}"))?;
+            // A token is renewed when a fifth of its life is left, so that no request goes out with one that expires
+            // on its way.
+            Ok(Some((value, asked + validity.mul_f32(0.8))))
+        }
+    }
+}
+
+/// A token server's answer, and how long its token is good for.
+pub fn read_token(body: &[u8]) -> Result<(String, Duration), String> {
+    #[derive(Deserialize)]
+    struct Answer {
+        token: Option<String>,
+        access_token: Option<String>,
+        expires_in: Option<f64>,
+    }
+    let answer: Answer =
+        serde_json::from_slice(body).map_err(|error| format!("its token server's answer is no token: {error}"))?;
+    let token =
+        answer.token.filter(|token| !token.is_empty()).or(answer.access_token).filter(|token| !token.is_empty());
+    let token = token.ok_or("its token server's answer has no token")?;
+    let validity = match answer.expires_in {
+        None => TOKEN_VALIDITY,
+        Some(seconds) => Duration::try_from_secs_f64(seconds).unwrap_or_default().min(TOKEN_VALIDITY_MAX),
+    };
+    Ok((token, validity))
 }
 
 async fn token(
-    registry: &Registry<'_>,
+    asker: &Asker<'_>,
     realm: &str,
     service: Option<&str>,
     scope: &str,
-    credential: Option<DockerCredential>,
-) -> Result<(String, Duration), RegistryError> {
-    let denied = |reason: String| RegistryError::Denied { host: registry.host.to_owned(), reason };
-    let mut url =
-        Url::parse(realm).map_err(|error| denied(format!("its token server {realm:?} is no URL: {error}")))?;
-    if url.scheme() != "https" && !(registry.plain_http && url.scheme() == "http") {
-        return Err(denied(format!("its token server {url} is not HTTPS")));
+    credential: Option<Credential>,
+) -> Result<(String, Duration), Fault> {
+    let mut url = Url::parse(realm).map_err(|error| {
+        Fault::protocol(format!("its token server {realm:?} is no URL ({error}); mend its configuration"))
+    })?;
+    if url.scheme() != "https" && !(asker.may_be_plain && url.scheme() == "http") {
+        return Err(Fault::protocol(format!(
+            "its token server {} is not HTTPS, so it is not asked; mend the registry's configuration",
+            super::endpoint::authority(&url)
+        )));
     }
+    let server = super::endpoint::authority(&url);
+    let has_credentials = credential.is_some();
     let request = match credential {
-        Some(DockerCredential::IdentityToken(refresh_token)) => {
+        Some(Credential::Identity(refresh_token)) => {
             let mut form = url::form_urlencoded::Serializer::new(String::new());
             form.append_pair("grant_type", "refresh_token")
-                .append_pair("service", service.unwrap_or(registry.host))
+                .append_pair("service", service.unwrap_or(asker.host))
                 .append_pair("scope", scope)
                 .append_pair("client_id", CLIENT_ID)
                 .append_pair("refresh_token", &refresh_token);
             let form_type = HeaderValue::from_static("application/x-www-form-urlencoded");
-            registry.http.post(url).header(header::CONTENT_TYPE, form_type).body(form.finish())
+            asker.http.post(url.clone()).header(header::CONTENT_TYPE, form_type).body(form.finish())
         }
         other => {
             if let Some(service) = service {
                 url.query_pairs_mut().append_pair("service", service);
             }
             url.query_pairs_mut().append_pair("scope", scope);
-            let request = registry.http.get(url);
+            let request = asker.http.get(url.clone());
             match other {
-                Some(DockerCredential::UsernamePassword(user, password)) => {
-                    request.header(header::AUTHORIZATION, basic(registry, &user, &password)?)
+                Some(Credential::Password { user, password }) => {
+                    request.header(header::AUTHORIZATION, basic(&user, &password)?)
                 }
                 _ => request,
             }
         }
     };
-    let unreachable = |reason: String| RegistryError::Unreachable {
-        host: registry.host.to_owned(),
-        reason: format!("its token server: {reason}"),
+    let transport = |error: &reqwest::Error| {
+        let proxy = asker.proxies.of(&url).map(proxy::shown);
+        match Fault::of_transport(error, proxy.as_deref()) {
+            Fault::Unreachable { reason } => {
+                Fault::Unreachable { reason: format!("its token server {server}: {reason}") }
+            }
+            Fault::Name { reason } => Fault::Name { reason: format!("that of its token server {server}: {reason}") },
+            Fault::Tls { reason, advice } => {
+                Fault::Tls { reason: format!("its token server {server}: {reason}"), advice }
+            }
+            other => other,
+        }
     };
     let answer = async {
-        let response = request.send().await.map_err(|error| unreachable(error_chain(&error)))?;
-        let status = response.status();
-        if !status.is_success() {
-            return Err(match status.is_server_error() || status == http::StatusCode::TOO_MANY_REQUESTS {
-                true => RegistryError::Busy {
-                    host: registry.host.to_owned(),
-                    reason: format!("its token server answered {status}"),
-                    retry_after: super::client::retry_after(response.headers()),
-                },
-                false => denied(format!("its token server answered {status} for {scope}; are the credentials right?")),
-            });
+        let mut response = request.send().await.map_err(|error| transport(&error))?;
+        let (status, mut body) = (response.status(), Vec::new());
+        while let Some(bytes) = response.chunk().await.map_err(|error| transport(&error))? {
+            if body.len() + bytes.len() > TOKEN_BYTES_MAX {
+                return Err(Fault::protocol(format!(
+                    "the answer of its token server {server} is larger than {TOKEN_BYTES_MAX} bytes"
+                )));
+            }
+            body.extend_from_slice(&bytes);
         }
-        read_bounded(response, TOKEN_BYTES_MAX, registry.host, "the token").await
+        if status.is_success() {
+            return Ok(body);
+        }
+        let said = answer::excerpt(response.headers(), &body, false);
+        let said = if said.is_empty() { said } else { format!(": {said}") };
+        let reason = format!("its token server {server} answered {status} for {scope}{said}");
+        Err(match status {
+            http::StatusCode::TOO_MANY_REQUESTS | http::StatusCode::SERVICE_UNAVAILABLE => {
+                Fault::Busy { reason, retry_after: answer::retry_after(response.headers(), SystemTime::now()) }
+            }
+            _ if status.is_server_error() => Fault::Busy { reason, retry_after: None },
+            _ => {
+                asker.credentials.forget(asker.host, asker.docker_config);
+                let advice = match has_credentials {
+                    true => format!("check the credentials for {}, and that they may pull", asker.host),
+                    false => format!(
+                        "no credentials are configured: `docker login {}`, or name a file in `docker_config` of its registry \
+                         table",
+                        asker.host
+                    ),
+                };
+                Fault::Denied { reason, advice }
+            }
+        })
     };
-    let body = tokio::time::timeout(registry.deadline, answer)
-        .await
-        .map_err(|_| unreachable(format!("no answer within {:?}", registry.deadline)))??;
-    let answer: TokenAnswer = serde_json::from_slice(&body)
-        .map_err(|error| denied(format!("its token server's answer is wrong: {error}")))?;
-    let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
-    let token = token.ok_or_else(|| denied("its token server's answer has no token".to_owned()))?;
-    let validity = answer.expires_in.map_or(TOKEN_VALIDITY, |seconds| Duration::from_secs(seconds.min(24 * 3600)));
-    Ok((token, validity))
+    let body = tokio::time::timeout(asker.deadline, answer).await.map_err(|_| Fault::Unreachable {
+        reason: format!("no answer from its token server {server} within {:?}", asker.deadline),
+    })??;
+    read_token(&body).map_err(Fault::protocol)
 }
 
-fn basic(registry: &Registry<'_>, user: &str, password: &str) -> Result<HeaderValue, RegistryError> {
+fn basic(user: &str, password: &str) -> Result<HeaderValue, Fault> {
     let encoded = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
-    sensitive(registry, &format!("Basic {encoded}"))
+    sensitive(&format!("Basic {encoded}"))
 }
 
-fn sensitive(registry: &Registry<'_>, text: &str) -> Result<HeaderValue, RegistryError> {
-    let mut value = HeaderValue::from_str(text).map_err(|_| RegistryError::Denied {
-        host: registry.host.to_owned(),
-        reason: "the credentials or token cannot stand in a header".to_owned(),
+fn sensitive(text: &str) -> Result<HeaderValue, Fault> {
+    let mut value = HeaderValue::from_str(text).map_err(|_| Fault::Credentials {
+        reason: "they, or the token that they gave, have characters that cannot stand in a header".to_owned(),
     })?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-/// Docker's credentials for the registry. Helpers are programs, so this runs on a blocking thread and has a deadline.
-async fn credential(registry: &Registry<'_>) -> Result<Option<DockerCredential>, RegistryError> {
-    let wrong = |reason: String| RegistryError::Credentials { host: registry.host.to_owned(), reason };
-    let permit = Arc::clone(&HELPERS)
-        .try_acquire_owned()
-        .map_err(|_| wrong("too many credential helpers hang or run already".to_owned()))?;
-    // Docker's own name for its registry in configurations and helpers.
-    let server = match registry.host {
-        "docker.io" => "https://index.docker.io/v1/".to_owned(),
-        host => host.to_owned(),
-    };
-    let Some(config) = docker_config(registry.docker_config) else { return Ok(None) };
-    let shown = config.display().to_string();
-    let looked_up = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        let file = std::fs::File::open(config).map_err(|_| CredentialRetrievalError::ConfigReadError)?;
-        docker_credential::get_credential_from_reader(std::io::BufReader::new(file), &server)
-    });
-    let result = tokio::time::timeout(HELPER_DEADLINE, looked_up)
-        .await
-        .map_err(|_| wrong(format!("the credential helper did not answer within {HELPER_DEADLINE:?}")))?
-        .map_err(|error| wrong(error.to_string()))?;
-    match result {
-        Ok(credential) => Ok(Some(credential)),
-        Err(CredentialRetrievalError::NoCredentialConfigured | CredentialRetrievalError::ConfigNotFound) => Ok(None),
-        // A helper's way to say that it has none (docker-credential-helpers, credentials/error.go).
-        Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
-            Ok(None)
-        }
-        // Output of a helper may hold secrets, so it is not repeated.
-        Err(CredentialRetrievalError::HelperFailure { helper, .. }) => Err(wrong(format!("{helper} failed"))),
-        Err(error) => Err(wrong(format!("{shown}: {error}"))),
-    }
-}
-
-/// The configured file, which must be there, or Docker's own, which may not.
-fn docker_config(configured: Option<&PathBuf>) -> Option<PathBuf> {
-    configured.cloned().or_else(|| {
-        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker"));
-        let directory = std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)?;
-        Some(directory.join("config.json")).filter(|path| path.exists())
-    })
 }
 
 /// All challenges of one header value, as far as it can be read.
 fn parse_challenges(text: &str) -> Vec<Challenge> {
     let mut challenges = Vec::new();
     let mut rest = text.trim_start();
-    while !rest.is_empty() {
+    while !rest.is_empty() && challenges.len() < CHALLENGES_MAX {
         let end = rest.find([' ', ',']).unwrap_or(rest.len());
         let (scheme, after) = rest.split_at(end);
         let (parameters, next) = parse_parameters(after);
@@ -350,17 +376,6 @@ fn parse_quoted(text: &str) -> (String, &str) {
     (value, "")
 }
 
-/// An error and all its causes in one line; reqwest's own text leaves the causes out.
-pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let _ = fmt::Write::write_fmt(&mut text, format_args!(": {cause}"));
-        source = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -391,6 +406,21 @@ mod tests {
         assert_eq!(of(&["Basic realm=\"x\", Bearer realm=\"https://b\""]), bearer("https://b", None, None));
         assert_eq!(of(&["Basic realm=\"x\"", "Negotiate"]), Some(Challenge::Basic));
         assert_eq!(of(&["Basic"]), Some(Challenge::Basic));
+    }
+
+    #[test]
+    fn tokens_have_two_names_and_a_validity() {
+        let read = |text: &str| read_token(text.as_bytes());
+        assert_eq!(read(r#"{"token":"a"}"#), Ok(("a".to_owned(), TOKEN_VALIDITY)));
+        assert_eq!(
+            read(r#"{"token":"","access_token":"b","expires_in":300}"#),
+            Ok(("b".to_owned(), Duration::from_secs(300)))
+        );
+        assert_eq!(read(r#"{"token":"a","expires_in":1e300}"#).unwrap().1, Duration::ZERO, "nonsense is not trusted");
+        assert_eq!(read(r#"{"token":"a","expires_in":9e9}"#).unwrap().1, TOKEN_VALIDITY_MAX);
+        for odd in ["", "{}", "[]", r#"{"token":""}"#, r#"{"token":3}"#, "<html>"] {
+            assert!(read(odd).is_err(), "{odd:?}");
+        }
     }
 
     #[test]

@@ -1,30 +1,38 @@
-//! Requests to registries (OCI distribution specification): blobs by range, manifests.
+//! Requests to registries (OCI distribution specification): blobs by range, manifests. Which endpoints are asked, in which
+//! order, and what is said when all of them fail.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use layer::Digest;
 use parking_lot::Mutex;
 use reqwest::{Response, Url};
+use tokio::sync::Semaphore;
 
-use super::auth::{Authorizations, Challenge, Registry, error_chain};
-use crate::config::{RegistriesConfig, RegistryConfig};
+use super::answer;
+use super::blob::{BlobBody, Patience, Stream};
+use super::credentials::Credentials;
+use super::download::{AHEAD_MAX, Download};
+use super::endpoint::{Endpoint, authority};
+use super::error::{Failures, Fault, RegistryError, what};
+use super::hosts::{self, EndpointConfig, Watched};
+use super::proxy::Proxies;
+use crate::config::RegistriesConfig;
 use crate::source::BlobRef;
 
 /// The most bytes of a manifest: what the specification lets registries refuse beyond.
 pub const MANIFEST_BYTES_MAX: usize = 4 << 20;
-/// The most redirects that one request follows.
-const REDIRECTS_MAX: usize = 5;
-/// The most signed URLs that are remembered for one registry.
-const LOCATIONS_MAX: usize = 4096;
-/// How long a registry rests that says "too many requests" or "unavailable" without saying for how long.
-const REST: Duration = Duration::from_secs(1);
-/// No registry's wish for rest is followed longer than this before it is asked again.
-const REST_MAX: Duration = Duration::from_secs(300);
+/// The most registries that are remembered: a stream of made-up names must not grow without bound.
+const REGISTRIES_MAX: usize = 256;
+/// How often files of the configuration are looked at.
+const RECHECK: Duration = Duration::from_secs(1);
+/// The most `urls` of a foreign layer that are tried.
+const URLS_MAX: usize = 8;
 /// The manifest types that are asked for.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
@@ -45,74 +53,15 @@ impl Default for Options {
     }
 }
 
-/// Why a registry did not give what was asked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RegistryError {
-    /// No connection, or it broke.
-    #[error("registry {host}: {reason}")]
-    Unreachable {
-        /// The registry.
-        host: String,
-        /// Error text of the transport.
-        reason: String,
-    },
-    /// No byte came for too long.
-    #[error("registry {host} sent nothing for {after:?}")]
-    Stalled {
-        /// The registry.
-        host: String,
-        /// The limit that expired.
-        after: Duration,
-    },
-    /// 401 or 403, or no token was to be had.
-    #[error("registry {host} refuses: {reason}")]
-    Denied {
-        /// The registry.
-        host: String,
-        /// What it answered.
-        reason: String,
-    },
-    /// The credentials cannot be looked up.
-    #[error("cannot look up the credentials for registry {host}: {reason}")]
-    Credentials {
-        /// The registry.
-        host: String,
-        /// Why not.
-        reason: String,
-    },
-    /// 404.
-    #[error("registry {host} does not have {what}")]
-    NotFound {
-        /// The registry.
-        host: String,
-        /// What was asked.
-        what: String,
-    },
-    /// 429 or 5xx, now or a moment ago.
-    #[error("registry {host} is busy: {reason}")]
-    Busy {
-        /// The registry.
-        host: String,
-        /// What it answered.
-        reason: String,
-        /// When it wants to be asked again.
-        retry_after: Option<Duration>,
-    },
-    /// An answer that cannot be right, or a request that cannot be made.
-    #[error("registry {host}: {reason}")]
-    Protocol {
-        /// The registry.
-        host: String,
-        /// What is wrong.
-        reason: String,
-    },
-}
-
-impl RegistryError {
-    /// Whether the same request may succeed soon.
-    pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Stalled { .. } | Self::Busy { .. })
-    }
+/// What a [`Client`] takes from the process around it.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// Proxies on the way.
+    pub proxies: Proxies,
+    /// `PATH` that credential helpers are looked for in; the process's own where it is `None`.
+    pub path: Option<OsString>,
+    /// How long a credential helper may take; 10 s where it is `None`.
+    pub helper_deadline: Option<Duration>,
 }
 
 /// A client for all registries. Cheap to clone.
@@ -124,20 +73,23 @@ pub struct Client {
 struct Shared {
     config: RegistriesConfig,
     options: Options,
-    hosts: Mutex<HashMap<String, Arc<Host>>>,
+    proxies: Proxies,
+    credentials: Arc<Credentials>,
+    registries: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Registry>>>>,
+    /// Permits for ranges that are fetched ahead of where a download stands.
+    ahead: Arc<Semaphore>,
 }
 
-/// What is known of one registry.
-struct Host {
-    name: String,
-    base: Url,
-    config: RegistryConfig,
-    http: reqwest::Client,
-    authorizations: Authorizations,
-    /// Where blobs were last found, by path: a registry's signed URL is used until it fails.
-    locations: Mutex<HashMap<String, Url>>,
-    rest_until: Mutex<Option<Instant>>,
+/// The endpoints of a registry.
+#[derive(Default)]
+struct Registry {
+    endpoints: Vec<Arc<Endpoint>>,
+    watched: Watched,
+    checked: Option<Instant>,
 }
+
+/// Endpoints, and the files that say how they are reached.
+type Loaded = (Vec<Arc<Endpoint>>, Watched);
 
 /// A manifest as it came.
 #[derive(Clone, Debug)]
@@ -157,386 +109,331 @@ impl std::fmt::Debug for Client {
 }
 
 impl Client {
-    /// A client; no network is used yet.
+    /// A client with the proxies of this process's environment; no network is used yet.
     pub fn new(config: RegistriesConfig, options: Options) -> Self {
-        Self { shared: Arc::new(Shared { config, options, hosts: Mutex::default() }) }
+        let environment = Environment { proxies: Proxies::of_process(), ..Environment::default() };
+        Self::with_environment(config, options, environment)
     }
 
-    /// Opens `blob` at the bytes `range`, or to its end where `range.end` is `None`. The bytes are not verified.
-    pub async fn blob(&self, blob: &BlobRef, start: u64, end: Option<u64>) -> Result<BlobBody, RegistryError> {
-        let host = self.host(&blob.registry)?;
-        let path = path(&host, &blob.repository, &format!("blobs/{}", blob.digest))?;
-        let mut headers = HeaderMap::new();
-        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        if start > 0 || end.is_some() {
-            let last = end.map_or(String::new(), |end| end.saturating_sub(1).to_string());
-            let range = HeaderValue::from_str(&format!("bytes={start}-{last}"));
-            headers.insert(header::RANGE, range.map_err(|error| host.protocol(error.to_string()))?);
+    /// The same in another environment.
+    pub fn with_environment(config: RegistriesConfig, options: Options, environment: Environment) -> Self {
+        let Environment { proxies, path, helper_deadline } = environment;
+        Self {
+            shared: Arc::new(Shared {
+                config,
+                options,
+                proxies,
+                credentials: Arc::new(Credentials::new(path, helper_deadline)),
+                registries: Mutex::default(),
+                ahead: Arc::new(Semaphore::new(AHEAD_MAX)),
+            }),
         }
-        let response = self.get(&host, &blob.repository, &path, headers, &blob.to_string(), true).await?;
-        BlobBody::new(host, response, start..end.unwrap_or(u64::MAX), self.shared.options.stall_timeout)
+    }
+
+    /// Opens `blob` at the bytes `range`, or to its end where `range.end` is `None`. The bytes are not verified. A
+    /// connection that breaks is made again where it broke, a few times; everything else is the caller's to try again.
+    pub async fn blob(&self, blob: &BlobRef, start: u64, end: Option<u64>) -> Result<BlobBody, RegistryError> {
+        let stream = self.open(blob, start, end).await?;
+        Ok(BlobBody::new(self.clone(), blob.clone(), start..end.unwrap_or(u64::MAX), Some(stream), Patience::Read))
+    }
+
+    /// The bytes of `blob` from `start` to its end, however often connections break or registries want a rest. They come in
+    /// order; where one connection is slow, several bring them. The bytes are not verified.
+    pub fn download(&self, blob: &BlobRef, start: u64) -> Download {
+        Download::new(self.clone(), blob.clone(), start, Arc::clone(&self.shared.ahead))
     }
 
     /// Fetches the manifest that `reference`, a tag or digest, names in `repository`.
     pub async fn manifest(&self, registry: &str, repository: &str, reference: &str) -> Result<Manifest, RegistryError> {
-        let host = self.host(registry)?;
+        let wanted: Option<Digest> = reference.parse().ok();
+        let separator = if wanted.is_some() { '@' } else { ':' };
+        let what = || format!("manifest {registry}/{repository}{separator}{reference}");
+        let mut failures = Failures::default();
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-:".contains(c);
         if reference.is_empty() || reference.len() > 200 || !reference.chars().all(allowed) {
-            return Err(host.protocol(format!("{reference:?} is no tag and no digest")));
+            failures.add(
+                0,
+                format!("registry {registry}"),
+                Fault::protocol(format!("{reference:?} is no tag and no digest")),
+            );
+            return Err(failures.into_error("a manifest".to_owned(), registry));
         }
-        let path = path(&host, repository, &format!("manifests/{reference}"))?;
         let mut headers = HeaderMap::new();
         headers.insert(header::ACCEPT, HeaderValue::from_static(MANIFEST_TYPES));
-        let what = format!("{registry}/{repository}:{reference}");
-        let response = self.get(&host, repository, &path, headers, &what, false).await?;
+        // What a tag stands for is not proven by anything, so only who is trusted with it is asked.
+        let may = |config: &EndpointConfig| if wanted.is_some() { config.pulls } else { config.resolves };
+        for (rank, endpoint) in self.candidates(registry, may, &mut failures).await {
+            let path = format!("manifests/{reference}");
+            let got = async {
+                let response = endpoint.get(registry, repository, &path, &headers, false).await?;
+                self.read_manifest(&endpoint, response, wanted).await
+            };
+            match got.await {
+                Ok(manifest) => {
+                    endpoint.succeeded();
+                    return Ok(manifest);
+                }
+                Err(fault) => {
+                    endpoint.failed(&fault);
+                    failures.add(rank, endpoint.place(), fault);
+                }
+            }
+        }
+        Err(failures.into_error(what(), registry))
+    }
+
+    async fn read_manifest(
+        &self,
+        endpoint: &Endpoint,
+        mut response: Response,
+        wanted: Option<Digest>,
+    ) -> Result<Manifest, Fault> {
         let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = media_type.unwrap_or_default().to_owned();
-        let stall = self.shared.options.stall_timeout;
-        let bytes = tokio::time::timeout(stall, read_bounded(response, MANIFEST_BYTES_MAX, &host.name, "the manifest"))
-            .await
-            .map_err(|_| RegistryError::Stalled { host: host.name.clone(), after: stall })??;
-        let digest = Digest::of(&bytes);
-        match reference.parse::<Digest>() {
-            Ok(wanted) if wanted != digest => {
-                Err(host.protocol(format!("the manifest {wanted} came with the digest {digest}")))
-            }
-            _ => Ok(Manifest { bytes, media_type, digest }),
-        }
-    }
-
-    /// A GET that follows redirects, authenticates with one retry, and maps every bad status.
-    async fn get(
-        &self,
-        host: &Arc<Host>,
-        repository: &str,
-        path: &Url,
-        headers: HeaderMap,
-        what: &str,
-        remember: bool,
-    ) -> Result<Response, RegistryError> {
-        host.check_rest()?;
-        let remembered = host.locations.lock().get(path.as_str()).cloned();
-        if let Some(location) = remembered {
-            match self.send(host, location, headers.clone(), None).await {
-                Ok(response) if response.status().is_success() => return Ok(response),
-                Ok(response) if response.status() == StatusCode::TOO_MANY_REQUESTS => {
-                    return Err(host.refusal(&response, what));
+        let (after, url) = (self.shared.options.stall_timeout, response.url().clone());
+        let mut bytes = Vec::new();
+        let read = async {
+            while let Some(piece) = response.chunk().await.map_err(|error| endpoint.transport(&error, &url))? {
+                if bytes.len() + piece.len() > MANIFEST_BYTES_MAX {
+                    return Err(Fault::protocol(format!(
+                        "it is larger than {MANIFEST_BYTES_MAX} bytes, the most that a manifest may have"
+                    )));
                 }
-                // Expired, moved or broken: the registry gives another.
-                Ok(_) | Err(_) => host.locations.lock().remove(path.as_str()),
-            };
-        }
-        let registry = host.registry(self.shared.options);
-        let mut authorization = host.authorizations.get(&registry, repository).await?;
-        let mut response = self.send(host, path.clone(), headers.clone(), authorization.as_ref()).await?;
-        if response.status() == StatusCode::UNAUTHORIZED
-            && let Some(challenge) = Challenge::of(response.headers())
-        {
-            authorization = host.authorizations.renew(&registry, repository, challenge, authorization.as_ref()).await?;
-            if authorization.is_none() {
-                return Err(RegistryError::Denied {
-                    host: host.name.clone(),
-                    reason: format!("it wants credentials for {what}, and none are configured"),
-                });
+                bytes.extend_from_slice(&piece);
             }
-            response = self.send(host, path.clone(), headers.clone(), authorization.as_ref()).await?;
-        }
-        let mut url = path.clone();
-        for _ in 0..REDIRECTS_MAX {
-            if !response.status().is_redirection() {
-                break;
-            }
-            let next = host.location(&url, &response)?;
-            // Credentials stay with the registry: signed URLs carry their own right, and some stores refuse both.
-            let same = next.origin() == path.origin();
-            response = self.send(host, next.clone(), headers.clone(), authorization.as_ref().filter(|_| same)).await?;
-            url = next;
-        }
-        if !response.status().is_success() {
-            return Err(host.refusal(&response, what));
-        }
-        if remember && url.origin() != path.origin() {
-            let mut locations = host.locations.lock();
-            if locations.len() >= LOCATIONS_MAX {
-                locations.clear();
-            }
-            locations.insert(path.as_str().to_owned(), url);
-        }
-        Ok(response)
-    }
-
-    async fn send(
-        &self,
-        host: &Host,
-        url: Url,
-        mut headers: HeaderMap,
-        authorization: Option<&HeaderValue>,
-    ) -> Result<Response, RegistryError> {
-        if let Some(value) = authorization {
-            headers.insert(header::AUTHORIZATION, value.clone());
-        }
-        let after = self.shared.options.stall_timeout;
-        let response = tokio::time::timeout(after, host.http.get(url).headers(headers).send())
-            .await
-            .map_err(|_| RegistryError::Stalled { host: host.name.clone(), after })?;
-        response.map_err(|error| host.unreachable(&error))
-    }
-
-    fn host(&self, name: &str) -> Result<Arc<Host>, RegistryError> {
-        if let Some(host) = self.shared.hosts.lock().get(name) {
-            return Ok(Arc::clone(host));
-        }
-        let host = Arc::new(Host::new(name, self.shared.config.of(name), self.shared.options)?);
-        let mut hosts = self.shared.hosts.lock();
-        // Registries are few; a stream of made-up names must not grow without bound.
-        if hosts.len() >= 256 {
-            hosts.clear();
-        }
-        Ok(Arc::clone(hosts.entry(name.to_owned()).or_insert(host)))
-    }
-}
-
-impl Host {
-    fn new(name: &str, config: RegistryConfig, options: Options) -> Result<Self, RegistryError> {
-        let protocol = |reason: String| RegistryError::Protocol { host: name.to_owned(), reason };
-        let server = match name {
-            "docker.io" | "index.docker.io" => "registry-1.docker.io",
-            name => name,
+            Ok(())
         };
-        let scheme = if config.plain_http { "http" } else { "https" };
-        let allowed = |c: char| c.is_ascii_alphanumeric() || ".-:[]_".contains(c);
-        let base = Some(server)
-            .filter(|server| !server.is_empty() && server.chars().all(allowed))
-            .and_then(|server| Url::parse(&format!("{scheme}://{server}/v2/")).ok())
-            .ok_or_else(|| protocol("it is no host name with an optional port".to_owned()))?;
-        // HTTP/1.1 only: blobs that come in parallel get a connection each, so that one lost packet does not stop all.
-        let mut builder = reqwest::Client::builder()
-            .http1_only()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(options.connect_timeout)
-            .pool_idle_timeout(Duration::from_secs(30))
-            .pool_max_idle_per_host(8)
-            .tcp_nodelay(true)
-            .user_agent(concat!("drover/", env!("CARGO_PKG_VERSION")));
-        if let Some(path) = &config.ca {
-            let unreadable =
-                |reason: String| protocol(format!("cannot read its authority {}: {reason}", path.display()));
-            let pem = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
-            let bundle = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| unreadable(error.to_string()))?;
-            builder = builder.tls_certs_merge(bundle);
-        }
-        let http = builder.build().map_err(|error| protocol(error_chain(&error)))?;
-        Ok(Self {
-            name: name.to_owned(),
-            base,
-            config,
-            http,
-            authorizations: Authorizations::default(),
-            locations: Mutex::default(),
-            rest_until: Mutex::default(),
-        })
-    }
-
-    fn registry(&self, options: Options) -> Registry<'_> {
-        Registry {
-            http: &self.http,
-            host: &self.name,
-            plain_http: self.config.plain_http,
-            docker_config: self.config.docker_config.as_ref(),
-            deadline: options.connect_timeout + options.stall_timeout,
+        tokio::time::timeout(after, read).await.map_err(|_| Fault::Stalled { after })??;
+        let digest = Digest::of(&bytes);
+        match wanted {
+            Some(wanted) if wanted != digest => Err(Fault::protocol(format!(
+                "what came has the digest {digest}, not the one that was asked for; it, or a proxy on the way, is broken"
+            ))),
+            _ => Ok(Manifest { bytes: bytes.into(), media_type, digest }),
         }
     }
 
-    /// While the registry rests, it is not asked at all.
-    fn check_rest(&self) -> Result<(), RegistryError> {
-        let until = *self.rest_until.lock();
-        match until.and_then(|until| until.checked_duration_since(Instant::now())) {
-            Some(left) if !left.is_zero() => Err(RegistryError::Busy {
-                host: self.name.clone(),
-                reason: "it asked for a rest".to_owned(),
-                retry_after: Some(left),
-            }),
-            _ => Ok(()),
+    /// One answer with the bytes of `blob` from `start` on, from the first place that gives them.
+    pub(super) async fn open(&self, blob: &BlobRef, start: u64, end: Option<u64>) -> Result<Stream, RegistryError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        let last = end.map_or(String::new(), |end| end.saturating_sub(1).to_string());
+        if start > 0 || end.is_some() {
+            let range = HeaderValue::try_from(format!("bytes={start}-{last}"));
+            headers.insert(header::RANGE, range.unwrap_or_else(|_| HeaderValue::from_static("bytes=0-")));
         }
-    }
-
-    fn location(&self, from: &Url, response: &Response) -> Result<Url, RegistryError> {
-        let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
-        let next = location
-            .and_then(|location| from.join(location).ok())
-            .ok_or_else(|| self.protocol(format!("{} without a usable Location", response.status())))?;
-        match next.scheme() {
-            "https" => Ok(next),
-            "http" if self.config.plain_http => Ok(next),
-            scheme => Err(self.protocol(format!("it redirects to {scheme}, which is not secure"))),
-        }
-    }
-
-    /// The error for a status that is neither success nor redirect.
-    fn refusal(&self, response: &Response, what: &str) -> RegistryError {
-        let (host, status) = (self.name.clone(), response.status());
-        match status {
-            StatusCode::NOT_FOUND => RegistryError::NotFound { host, what: what.to_owned() },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                RegistryError::Denied { host, reason: format!("{status} for {what}; are the credentials right?") }
+        let wanted = start..end.unwrap_or(u64::MAX);
+        let mut failures = Failures::default();
+        for url in blob.urls.iter().take(URLS_MAX) {
+            let got = async {
+                let (endpoint, url) = self.foreign(url).await?;
+                let response = endpoint.get_foreign(&url, &headers).await?;
+                Stream::new(endpoint, response, wanted.clone(), self.shared.options.stall_timeout)
+            };
+            match got.await {
+                Ok(stream) => return Ok(stream),
+                Err(fault) => {
+                    failures.add(0, super::error::printable(url.split('?').next().unwrap_or(url), 200), fault)
+                }
             }
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                let rest = retry_after(response.headers()).unwrap_or(REST).min(REST_MAX);
-                *self.rest_until.lock() = Some(Instant::now() + rest);
-                RegistryError::Busy { host, reason: status.to_string(), retry_after: Some(rest) }
+        }
+        let path = format!("blobs/{}", blob.digest);
+        let may = |config: &EndpointConfig| config.pulls;
+        for (rank, endpoint) in self.candidates(&blob.registry, may, &mut failures).await {
+            let got = endpoint.get(&blob.registry, &blob.repository, &path, &headers, true).await;
+            let stall = self.shared.options.stall_timeout;
+            match got.and_then(|response| Stream::new(Arc::clone(&endpoint), response, wanted.clone(), stall)) {
+                Ok(stream) => {
+                    endpoint.succeeded();
+                    return Ok(stream);
+                }
+                Err(fault) => {
+                    endpoint.failed(&fault);
+                    failures.add(rank, endpoint.place(), fault);
+                }
             }
-            _ if status.is_server_error() => {
-                RegistryError::Busy { host, reason: status.to_string(), retry_after: None }
+        }
+        Err(failures.into_error(what(blob), &blob.registry))
+    }
+
+    /// The endpoints of `registry` that `may` serve, with their rank in the configuration: those that failed a moment ago come
+    /// last, and those that asked for a rest not at all.
+    async fn candidates(
+        &self,
+        registry: &str,
+        may: impl Fn(&EndpointConfig) -> bool,
+        failures: &mut Failures,
+    ) -> Vec<(usize, Arc<Endpoint>)> {
+        let endpoints = match self.endpoints(registry).await {
+            Ok(endpoints) => endpoints,
+            Err(fault) => {
+                failures.add(usize::MAX, format!("registry {registry}"), fault);
+                return Vec::new();
             }
-            _ => RegistryError::Protocol { host, reason: format!("{status} for {what}") },
+        };
+        let mut fit = Vec::new();
+        for (rank, endpoint) in (1..).zip(endpoints).filter(|(_, endpoint)| may(endpoint.config())) {
+            match endpoint.asked_rest() {
+                Some(left) => {
+                    let fault = Fault::Busy { reason: "it asked for a rest".to_owned(), retry_after: Some(left) };
+                    failures.add(rank, endpoint.place(), fault);
+                }
+                None => fit.push((rank, endpoint)),
+            }
+        }
+        fit.sort_by_key(|(_, endpoint)| endpoint.is_tired());
+        fit
+    }
+
+    /// The endpoints of `registry` as the files of the configuration are today.
+    async fn endpoints(&self, registry: &str) -> Result<Vec<Arc<Endpoint>>, Fault> {
+        let slot = self.slot(registry);
+        let mut slot = slot.lock().await;
+        if slot.checked.is_some_and(|at| at.elapsed() < RECHECK) {
+            return Ok(slot.endpoints.clone());
+        }
+        let (shared, name, known, watched) =
+            (Arc::clone(&self.shared), registry.to_owned(), slot.endpoints.clone(), slot.watched.clone());
+        let is_first = slot.checked.is_none();
+        let read = move || -> Result<Option<Loaded>, Fault> {
+            if !is_first && watched.is_current() {
+                return Ok(None);
+            }
+            let loaded = hosts::load(&shared.config, &name)?;
+            let endpoint = |config: EndpointConfig| match known.iter().find(|endpoint| endpoint.is_still(&config)) {
+                Some(known) => Ok(Arc::clone(known)),
+                None => shared.endpoint(&name, config),
+            };
+            let endpoints = loaded.endpoints.into_iter().map(endpoint).collect::<Result<_, _>>()?;
+            Ok(Some((endpoints, loaded.watched)))
+        };
+        let read = tokio::task::spawn_blocking(read).await.map_err(|error| Fault::protocol(error.to_string()))?;
+        match read {
+            Ok(changed) => {
+                if let Some((endpoints, watched)) = changed {
+                    (slot.endpoints, slot.watched) = (endpoints, watched);
+                }
+                slot.checked = Some(Instant::now());
+                Ok(slot.endpoints.clone())
+            }
+            Err(fault) => {
+                // Read anew the next time, however the files look then.
+                slot.checked = None;
+                Err(fault)
+            }
         }
     }
 
-    fn unreachable(&self, error: &reqwest::Error) -> RegistryError {
-        RegistryError::Unreachable { host: self.name.clone(), reason: error_chain(error) }
+    /// The host of a foreign layer's URL. It is named by the image, so it gets no credentials and must be secure.
+    async fn foreign(&self, text: &str) -> Result<(Arc<Endpoint>, Url), Fault> {
+        let wrong = || Fault::protocol("this URL of the layer cannot be used: want https://HOST/PATH");
+        let url = Url::parse(text).map_err(|_| wrong())?;
+        let host = authority(&url);
+        let own = self.shared.config.hosts.get(&host).cloned().unwrap_or_default();
+        if !(url.scheme() == "https" || (url.scheme() == "http" && own.plain_http))
+            || host.is_empty()
+            || text.len() > 4096
+        {
+            return Err(wrong());
+        }
+        let slot = self.slot(&format!("{}://{host}", url.scheme()));
+        let mut slot = slot.lock().await;
+        if let Some(endpoint) = slot.endpoints.first().filter(|endpoint| endpoint.is_still(endpoint.config())) {
+            return Ok((Arc::clone(endpoint), url));
+        }
+        let mut config = EndpointConfig::at(url.join("/").map_err(|_| wrong())?);
+        config.ca.extend(own.ca);
+        let shared = Arc::clone(&self.shared);
+        let made = tokio::task::spawn_blocking(move || shared.endpoint(&host, config)).await;
+        let endpoint = made.map_err(|error| Fault::protocol(error.to_string()))??;
+        slot.endpoints = vec![Arc::clone(&endpoint)];
+        Ok((endpoint, url))
     }
 
-    fn protocol(&self, reason: String) -> RegistryError {
-        RegistryError::Protocol { host: self.name.clone(), reason }
+    fn slot(&self, name: &str) -> Arc<tokio::sync::Mutex<Registry>> {
+        let mut registries = self.shared.registries.lock();
+        if registries.len() >= REGISTRIES_MAX && !registries.contains_key(name) {
+            registries.clear();
+        }
+        Arc::clone(registries.entry(name.to_owned()).or_default())
     }
 }
 
-/// The bytes of a blob as they come.
-pub struct BlobBody {
-    host: Arc<Host>,
-    response: Response,
-    /// Bytes to drop first, where the registry ignored the range.
-    skip: u64,
-    /// Bytes that must still come; `None` where the registry does not say.
-    left: Option<u64>,
-    total: Option<u64>,
-    stall_timeout: Duration,
+impl Shared {
+    fn endpoint(&self, registry: &str, config: EndpointConfig) -> Result<Arc<Endpoint>, Fault> {
+        Endpoint::new(registry, config, self.options, &self.proxies, Arc::clone(&self.credentials)).map(Arc::new)
+    }
 }
 
-impl BlobBody {
-    fn new(
-        host: Arc<Host>,
-        response: Response,
-        wanted: Range<u64>,
-        stall_timeout: Duration,
-    ) -> Result<Self, RegistryError> {
-        let ranged = wanted != (0..u64::MAX);
-        if response.status() == StatusCode::PARTIAL_CONTENT {
-            let range = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
+/// What an answer's head says of the bytes behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Bytes to drop first, where the range was ignored.
+    pub skip: u64,
+    /// Bytes that come, as far as it is said.
+    pub len: Option<u64>,
+    /// Size of the whole, as far as it is said.
+    pub total: Option<u64>,
+}
+
+/// Reads an answer's head. `wanted` is what was asked for (`0..u64::MAX`: all, without a range); the error says what does not fit.
+pub fn read_head(
+    status: StatusCode,
+    headers: &HeaderMap,
+    content_length: Option<u64>,
+    wanted: &Range<u64>,
+) -> Result<Head, String> {
+    let is_ranged = *wanted != (0..u64::MAX);
+    let range = headers.get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
+    match status {
+        StatusCode::PARTIAL_CONTENT => {
             let (got, total) = range
-                .and_then(parse_content_range)
-                .ok_or_else(|| host.protocol("206 without a usable Content-Range".to_owned()))?;
+                .and_then(answer::content_range)
+                .ok_or("it answered 206 without a usable Content-Range; it is broken")?;
             let end = total.map_or(wanted.end, |total| total.min(wanted.end));
-            if !ranged || got.start != wanted.start || (end != u64::MAX && got.end != end) {
-                return Err(host.protocol(format!("asked for the bytes {wanted:?}, it answered with {got:?}")));
+            if !is_ranged || got.start != wanted.start || (end != u64::MAX && got.end != end) {
+                let (asked, came) = (shown(wanted), shown(&got));
+                return Err(format!(
+                    "it was asked for the bytes {asked} and answered with {came}; it, or a proxy on the way, is broken"
+                ));
             }
-            return Ok(Self { host, response, skip: 0, left: Some(got.end - got.start), total, stall_timeout });
+            let len = got.end - got.start;
+            if content_length.is_some_and(|length| length != len) {
+                return Err(
+                    "its Content-Length and Content-Range disagree; it, or a proxy on the way, is broken".to_owned()
+                );
+            }
+            Ok(Head { skip: 0, len: Some(len), total })
         }
+        StatusCode::RANGE_NOT_SATISFIABLE => match range.and_then(answer::unsatisfied_total) {
+            // A download that was interrupted after its last byte.
+            Some(total) if total == wanted.start && wanted.end == u64::MAX => {
+                Ok(Head { skip: 0, len: Some(0), total: Some(total) })
+            }
+            total => Err(format!(
+                "it has only {} bytes where {} were asked for; the blob there is damaged or another",
+                total.map_or_else(|| "fewer".to_owned(), |total| total.to_string()),
+                shown(wanted)
+            )),
+        },
         // A server may ignore a range. Its whole answer serves a download that goes on near its end, but not one that
         // wants a small part: that would cost the whole blob each time.
-        if ranged && wanted.end != u64::MAX {
-            return Err(host.protocol("it does not serve ranges of blobs".to_owned()));
+        _ if is_ranged && wanted.end != u64::MAX => Err(format!(
+            "it answered {status} to a request for a part of the blob; it, or a proxy on the way, does not serve ranges, which \
+             lazy reading needs"
+        )),
+        _ if content_length.is_some_and(|length| length < wanted.start) => {
+            Err("the blob there is shorter than what was read of it before; it is damaged or another".to_owned())
         }
-        let total = response.content_length();
-        Ok(Self { host, response, skip: wanted.start, left: total, total, stall_timeout })
-    }
-
-    /// Size of the whole blob, where the registry says it.
-    pub const fn total(&self) -> Option<u64> {
-        self.total
-    }
-
-    /// The next bytes; `None` after the last. A body that ends early is an error.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, RegistryError> {
-        loop {
-            let next = tokio::time::timeout(self.stall_timeout, self.response.chunk())
-                .await
-                .map_err(|_| RegistryError::Stalled { host: self.host.name.clone(), after: self.stall_timeout })?
-                .map_err(|error| self.host.unreachable(&error))?;
-            let Some(mut bytes) = next else {
-                return match self.left {
-                    Some(left) if left > 0 => Err(RegistryError::Unreachable {
-                        host: self.host.name.clone(),
-                        reason: format!("the body ended {left} bytes early"),
-                    }),
-                    _ => Ok(None),
-                };
-            };
-            if let Some(left) = &mut self.left {
-                *left = left.checked_sub(bytes.len() as u64).ok_or_else(|| RegistryError::Protocol {
-                    host: self.host.name.clone(),
-                    reason: "the body is too long".to_owned(),
-                })?;
-            }
-            let skipped = self.skip.min(bytes.len() as u64);
-            self.skip -= skipped;
-            let _ = bytes.split_to(skipped as usize);
-            if !bytes.is_empty() {
-                return Ok(Some(bytes));
-            }
-        }
+        _ => Ok(Head { skip: wanted.start, len: content_length, total: content_length }),
     }
 }
 
-/// Reads a body of at most `max` bytes.
-pub(super) async fn read_bounded(
-    mut response: Response,
-    max: usize,
-    host: &str,
-    what: &str,
-) -> Result<Bytes, RegistryError> {
-    let mut body = Vec::new();
-    while let Some(bytes) = response
-        .chunk()
-        .await
-        .map_err(|error| RegistryError::Unreachable { host: host.to_owned(), reason: error_chain(&error) })?
-    {
-        if body.len() + bytes.len() > max {
-            return Err(RegistryError::Protocol {
-                host: host.to_owned(),
-                reason: format!("{what} is larger than {max} bytes"),
-            });
-        }
-        body.extend_from_slice(&bytes);
+fn shown(range: &Range<u64>) -> String {
+    match range.end {
+        u64::MAX => format!("from {} on", range.start),
+        end => format!("{} to {}", range.start, end.saturating_sub(1)),
     }
-    Ok(body.into())
-}
-
-/// `Retry-After` in seconds or as a date (RFC 9110, 10.2.3).
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    match text.parse() {
-        Ok(seconds) => Some(Duration::from_secs(seconds)),
-        Err(_) => {
-            let at = httpdate::parse_http_date(text).ok()?;
-            Some(at.duration_since(SystemTime::now()).unwrap_or_default())
-        }
-    }
-}
-
-/// `bytes FIRST-LAST/TOTAL` (RFC 9110, 14.4) as a half-open range.
-fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
-    let (range, total) = text.strip_prefix("bytes ")?.trim().split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-    let total: Option<u64> = match total.trim() {
-        "*" => None,
-        total => Some(total.parse().ok()?),
-    };
-    let end = last.checked_add(1)?;
-    (first < end && total.is_none_or(|total| end <= total)).then_some((first..end, total))
-}
-
-/// The URL of `rest` in `repository`. The name comes from image references, so it must not lead elsewhere.
-fn path(host: &Host, repository: &str, rest: &str) -> Result<Url, RegistryError> {
-    let component = |component: &str| {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
-        component.starts_with(|c: char| c.is_ascii_alphanumeric()) && component.chars().all(allowed)
-    };
-    if repository.len() > 255 || !repository.split('/').all(component) {
-        return Err(host.protocol(format!("{repository:?} is no repository name")));
-    }
-    host.base.join(&format!("{repository}/{rest}")).map_err(|error| host.protocol(error.to_string()))
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use oci_spec::distribution::Reference;
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 use serde::Deserialize;
 
-use super::client::{Client, MANIFEST_BYTES_MAX, Manifest, RegistryError};
+use super::client::{Client, MANIFEST_BYTES_MAX, Manifest};
+use super::error::RegistryError;
 use crate::source::BlobRef;
 
 /// How many indexes may stand between a reference and its manifest: one is usual, an index of indexes is legal.
@@ -186,20 +187,14 @@ impl Client {
         let mut found = self.manifest(registry, repository, wanted).await?;
         let mut documents = Vec::new();
         for _ in 0..INDEX_DEPTH_MAX {
-            let is_index = complete_media_type(&mut found);
-            documents.push(found.clone());
-            if !is_index {
-                return layers(image, &found, documents);
+            let step = read(image, &mut found, platform)?;
+            documents.push(found);
+            match step {
+                Step::Image(image) => return Ok(Image { documents, ..image }),
+                Step::Manifest(digest) => {
+                    found = self.manifest(registry, repository, &digest.to_string()).await?;
+                }
             }
-            let wrong = |reason: String| wrong(image, &found, reason);
-            let index = ImageIndex::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
-            let chosen = choose(index.manifests(), platform).ok_or_else(|| ImageError::Platform {
-                image: image.to_string(),
-                platform: platform.to_string(),
-                offered: offered(index.manifests()),
-            })?;
-            let digest = digest(chosen).map_err(wrong)?;
-            found = self.manifest(registry, repository, &digest.to_string()).await?;
         }
         Err(wrong(image, &found, format!("more than {INDEX_DEPTH_MAX} indexes in a row")))
     }
@@ -224,6 +219,31 @@ impl Client {
             false => Err(wrong("came with another digest")),
         }
     }
+}
+
+/// What a manifest or index says.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// It is the manifest.
+    Image(Image),
+    /// It is an index, and this the manifest in it for the machine.
+    Manifest(Digest),
+}
+
+/// Reads `found`, which came for `image`, for `platform`, and gives it the media type of its own text. The image's documents
+/// are the caller's to add.
+pub fn read(image: &ImageRef, found: &mut Manifest, platform: &Platform) -> Result<Step, ImageError> {
+    if !complete_media_type(found) {
+        return layers(image, found, Vec::new()).map(Step::Image);
+    }
+    let wrong = |reason: String| wrong(image, found, reason);
+    let index = ImageIndex::from_reader(&found.bytes[..]).map_err(|error| wrong(error.to_string()))?;
+    let chosen = choose(index.manifests(), platform).ok_or_else(|| ImageError::Platform {
+        image: image.to_string(),
+        platform: platform.to_string(),
+        offered: offered(index.manifests()),
+    })?;
+    digest(chosen).map_err(wrong).map(Step::Manifest)
 }
 
 /// OCI's name of this machine's architecture (the values of Go's `GOARCH`).
@@ -325,7 +345,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::fake::FakeRegistry;
-    use super::super::{Client, Options};
+    use super::super::{Client, Fault, Options};
     use super::*;
 
     #[test]
@@ -406,7 +426,11 @@ mod tests {
         let types: Vec<&str> = resolved.documents.iter().map(|document| document.media_type.as_str()).collect();
         assert_eq!(types, [list, "application/vnd.docker.distribution.manifest.v2+json"]);
         assert_eq!(resolved.config.digest, Digest::of(b"{}"));
-        assert!(matches!(client.config(&resolved).await, Err(ImageError::Registry(RegistryError::NotFound { .. }))));
+        let error = client.config(&resolved).await.unwrap_err();
+        assert!(
+            matches!(&error, ImageError::Registry(error) if matches!(error.fault, Fault::NotFound { .. })),
+            "{error}"
+        );
         let layer = &resolved.layers[0];
         assert_eq!((layer.digest, layer.size, layer.repository.as_str()), (blob, 5, "team/app"));
         assert_eq!(layer.media_type, "application/vnd.docker.image.rootfs.diff.tar.gzip");

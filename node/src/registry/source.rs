@@ -8,7 +8,8 @@ use std::time::Duration;
 use layer::Geometry;
 use layer::index::Spans;
 
-use super::client::{Client, RegistryError};
+use super::client::Client;
+use super::error::{Fault, RegistryError};
 use crate::source::{BlobRef, BoxFuture, ChunkSink, Source, SourceError, SourceKind};
 use crate::span_pass::{SpanPass, likely_units, surprises, units};
 
@@ -95,10 +96,7 @@ impl RegistrySource {
             // A frame of zstd can be read from its start only, however large it is, so a pass survives its connections.
             tries = if pass.at() > at { 1 } else { tries + 1 };
             let FetchError::Registry(error) = error else { return Err(error.into_source_error(self)) };
-            let pause = match &error {
-                RegistryError::Busy { retry_after: Some(rest), .. } => *rest,
-                _ => RETRY_PAUSE * 2u32.pow(tries),
-            };
+            let pause = error.retry_after().unwrap_or(RETRY_PAUSE * 2u32.pow(tries));
             // Before anything came another source may do as well, and the swarm knows better when to come back.
             if !error.is_transient() || pass.at() == first.blob.start || tries >= TRIES_MAX || pause > PAUSE_MAX {
                 return Err(self.error(error));
@@ -132,15 +130,17 @@ impl RegistrySource {
 
     fn error(&self, error: RegistryError) -> SourceError {
         let (source_label, reason) = (self.label(), error.to_string());
-        match error {
-            RegistryError::Unreachable { .. } => SourceError::Unreachable { source_label, reason },
-            RegistryError::Stalled { after, .. } => SourceError::Stalled { source_label, after },
-            RegistryError::Denied { .. } | RegistryError::Credentials { .. } => {
+        match error.fault {
+            Fault::Name { .. } | Fault::Unreachable { .. } | Fault::Tls { .. } | Fault::Proxy { .. } => {
+                SourceError::Unreachable { source_label, reason }
+            }
+            Fault::Stalled { after } => SourceError::Stalled { source_label, after },
+            Fault::Denied { .. } | Fault::Credentials { .. } | Fault::Configuration { .. } => {
                 SourceError::Denied { source_label, reason }
             }
-            RegistryError::NotFound { .. } => SourceError::Missing { source_label, reason },
-            RegistryError::Busy { retry_after, .. } => SourceError::Busy { source_label, reason, retry_after },
-            RegistryError::Protocol { .. } => SourceError::Corrupt { source_label, reason },
+            Fault::NotFound { .. } => SourceError::Missing { source_label, reason },
+            Fault::Busy { retry_after, .. } => SourceError::Busy { source_label, reason, retry_after },
+            Fault::Protocol { .. } => SourceError::Corrupt { source_label, reason },
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::config::{CacheConfig, DiskShare};
+use crate::registry::blob::DOWNLOAD_TRIES_MAX;
 use crate::registry::fake::Behaviour;
 
 /// What the directories of the store may take besides.
@@ -167,7 +168,7 @@ async fn registries_in_trouble_harm_no_other_blob_and_are_not_hammered() {
         for phase in futures_util::future::join_all(asks).await {
             assert!(matches!(phase.unwrap(), Phase::Failed(IngestFailure::Registry(_))), "{what}");
         }
-        assert!(registry.requests().blobs - before <= TRIES_MAX, "{what}: {:?}", registry.requests());
+        assert!(registry.requests().blobs - before <= DOWNLOAD_TRIES_MAX, "{what}: {:?}", registry.requests());
         // Nothing is left of it, and the other blob is served.
         assert_eq!(std::fs::read_dir(directory.path().join("incoming")).unwrap().count(), 0, "{what}");
         assert_eq!(ingester.disk_use().taken, taken, "{what}");
