@@ -74,10 +74,11 @@ test-unit:
 test-fuse: setup
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse --test erofs
 
-# containerd's own snapshotter suite, everything end to end on the real containerd, and every client with every containerd.
+# containerd's own snapshotter suite, everything end to end on the real containerd, every client with every containerd, and the
+# client of registries on a real one.
 test-containerd: setup
 	$(CARGO) build -p drover-snapshotter -p drover-seeder
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble --test clients
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble --test clients --test registries
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc

@@ -46,12 +46,7 @@ impl Tools {
         if let Some(tools) = &*made {
             return Ok(tools.clone());
         }
-        let folder = target()?.join("tools");
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // Tests of one program run beside each other, and so do programs.
-        let lock = folder.join("prepare.lock");
-        let lock = File::create(&lock).with_context(|| format!("cannot create {}", lock.display()))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the tools")?;
+        let (folder, _lock) = lock_folder()?;
         let packages = unpack_packages(&folder, "packages", &PACKAGES, progress)?;
         let tools = Self {
             containerd: build_go(Release::DEFAULT.module(), progress)?,
@@ -115,6 +110,35 @@ pub fn crictl(progress: &dyn Fn(&str)) -> Result<PathBuf> {
 pub fn cni_plugins(progress: &dyn Fn(&str)) -> Result<PathBuf> {
     let package = "containernetworking-plugins";
     Ok(unpack_packages(&target()?.join("tools"), package, &[package], progress)?.join("usr/lib/cni"))
+}
+
+/// What tests of registries need, and no more: neither containerd nor Go.
+#[derive(Clone, Debug)]
+pub struct RegistryPrograms {
+    /// The image registry.
+    pub registry: PathBuf,
+    /// Our seeder.
+    pub seeder: PathBuf,
+}
+
+impl RegistryPrograms {
+    /// Like [`Tools::prepare`].
+    pub fn prepare(progress: &dyn Fn(&str)) -> Result<Self> {
+        let (folder, _lock) = lock_folder()?;
+        let registry = unpack_packages(&folder, "packages", &PACKAGES, progress)?.join("usr/bin/docker-registry");
+        build_drover(progress)?;
+        Ok(Self { registry, seeder: profile_folder()?.join("drover-seeder") })
+    }
+}
+
+/// The folder for programs. Tests of one program run beside each other, and so do programs, so it is theirs alone.
+fn lock_folder() -> Result<(PathBuf, File)> {
+    let folder = target()?.join("tools");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let lock = folder.join("prepare.lock");
+    let lock = File::create(&lock).with_context(|| format!("cannot create {}", lock.display()))?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock the tools")?;
+    Ok((folder, lock))
 }
 
 /// The root of the source tree.
