@@ -120,15 +120,7 @@ mod tests {
             let path = path.as_bytes().to_vec();
             // A hard link has the attributes of its target.
             let mode = if matches!(kind, Kind::HardLink { .. }) { 0 } else { 0o755 };
-            entries.push(Entry {
-                path,
-                kind,
-                mode,
-                uid: 0,
-                gid: 0,
-                mtime: Mtime::default(),
-                xattrs: Vec::new(),
-            });
+            entries.push(Entry { path, kind, mode, uid: 0, gid: 0, mtime: Mtime::default(), xattrs: Vec::new() });
         };
         add("", Kind::Directory { opaque: false });
         add("bin", Kind::Directory { opaque: false });
