@@ -78,7 +78,7 @@ test-fuse: setup
 # client of registries on a real one.
 test-containerd: setup
 	$(CARGO) build -p drover-snapshotter -p drover-seeder
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test trouble --test clients --test registries
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test pull --test trouble --test clients --test registries
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc
