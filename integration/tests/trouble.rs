@@ -392,7 +392,7 @@ fn is_mounted(below: &Path) -> Result<bool> {
 /// Why the snapshotter left the layer of `blob` to containerd, by its log: a pull that fails leaves no snapshot to ask for.
 fn declined(node: &Node, blob: &str) -> Result<String> {
     let log = fs::read_to_string(node.snapshotter()?.daemon().log())?;
-    let lines: Vec<_> = log.lines().filter(|line| line.contains("containerd unpacks a layer")).collect();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("containerd unpacks")).collect();
     let found = lines.iter().rev().find(|line| line.contains(blob));
     let reason = found.map(|line| line.split_once("reason=").map_or(*line, |(_, reason)| reason).to_owned());
     reason.with_context(|| format!("no reason names {blob}: {lines:#?}"))
