@@ -151,7 +151,7 @@ fn ended(blob: &BlobRef, error: &IngestError) -> Ended {
             let reason = format!("the registry sent wrong bytes: {error}");
             Ended::Failed(IngestFailure::WrongBlob { blob: blob.to_string(), reason })
         }
-        IngestError::Unsupported { reason, .. } => Ended::Unsupported(reason.clone()),
+        IngestError::Unsupported { blob, reason } => Ended::Unsupported(format!("blob {blob}: {reason}")),
         IngestError::Inflate { .. } | IngestError::Tar { .. } => Ended::Unsupported(error.to_string()),
     }
 }
