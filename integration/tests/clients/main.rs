@@ -20,7 +20,6 @@ macro_rules! releases {
 }
 
 releases! {
-    #[ignore = "not seen to pass as a whole yet: make nightly"]
     containerd_1_6: Release::V1_6;
     containerd_1_7: Release::V1_7;
     #[ignore = "builds one more containerd: make nightly"]
