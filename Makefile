@@ -30,7 +30,7 @@ DENY := $(TARGET)/tools/cargo-deny/bin/cargo-deny
 
 # Program and the Debian or Ubuntu package that has it.
 NEEDS_BUILD := cc:gcc make:make git:git
-NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip unshare:util-linux nsenter:util-linux \
+NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip zstd:zstd unshare:util-linux nsenter:util-linux \
     setpriv:util-linux fsck.erofs:erofs-utils dpkg-deb:dpkg
 NEEDS_DEMO := $(NEEDS_TEST) python3:python3 pip3:python3-pip npm:npm
 

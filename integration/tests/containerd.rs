@@ -54,6 +54,19 @@ fn a_lazy_image_equals_an_unpacked_one() {
     });
 }
 
+/// zstd in one frame and in many, plain tar, gzip and an empty layer in one image of Docker's media types, behind an index.
+#[test]
+fn a_lazy_image_of_mixed_layers_equals_an_unpacked_one() {
+    run_test("a_lazy_image_of_mixed_layers_equals_an_unpacked_one", |run| {
+        let tools = Tools::prepare(&|_| {})?;
+        let image = small::build_mixed(&run.folder().join("image"), &tools.busybox)?;
+        let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
+        let reference = push(&scene, &image, "test/mixed")?;
+        scene.start_seeder(true)?;
+        compare_with_overlayfs(run, &mut scene, &reference, &image, &["cat", "/etc/replaced"])
+    });
+}
+
 /// The same on the demonstration image, which takes minutes.
 #[test]
 #[ignore = "takes minutes: make nightly"]

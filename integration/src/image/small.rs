@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use tar::EntryType;
 
-use super::{Family, Form, Image, LayerWriter, layer::Attributes};
+use super::{Family, Form, Image, LayerWriter, Packing, layer::Attributes};
 
 /// A file of the image that is large enough to be fetched in parts.
 pub const LARGE_FILE: &str = "/srv/large";
@@ -46,7 +46,12 @@ pub fn build_amount(folder: &Path, busybox: &Path, amount: Amount) -> Result<Ima
     if let Ok(image) = Image::open(folder) {
         return Ok(image);
     }
-    let layers = [base(folder, busybox)?, content(folder, amount)?, changes(folder)?, odd(folder)?];
+    let layers = [
+        base(folder, busybox)?,
+        content(folder, amount, Packing::Gzip)?,
+        changes(folder, Packing::Gzip)?,
+        odd(folder, Packing::Gzip)?,
+    ];
     Image::assemble(folder, &layers, PATH)
 }
 
@@ -54,8 +59,23 @@ pub fn build_amount(folder: &Path, busybox: &Path, amount: Amount) -> Result<Ima
 pub fn build_variant(folder: &Path, busybox: &Path, amount: Amount, text: &str) -> Result<Image> {
     let mut layer = LayerWriter::create(folder, "variant")?;
     layer.file("version", Attributes::root(0o644), text.as_bytes())?;
-    let layers = [base(folder, busybox)?, content(folder, amount)?, layer.finish()?];
+    let layers = [base(folder, busybox)?, content(folder, amount, Packing::Gzip)?, layer.finish()?];
     Image::assemble(folder, &layers, PATH)
+}
+
+/// The image of [`build`] with Docker's media types behind an index of two platforms, each layer packed in another way and an
+/// empty one among them.
+pub fn build_mixed(folder: &Path, busybox: &Path) -> Result<Image> {
+    let layers = [
+        base(folder, busybox)?,
+        content(folder, Amount::FULL, Packing::Zstd)?,
+        LayerWriter::create(folder, "empty")?.finish()?,
+        changes(folder, Packing::ZstdFrames)?,
+        odd(folder, Packing::Plain)?,
+    ];
+    let form = Form { family: Family::Docker, path_variable: PATH, command: &["sh"] };
+    let elsewhere = Image::assemble_as(folder, &layers[..1], form)?;
+    Image::assemble_as(folder, &layers, form)?.behind_index(folder, Family::Docker, &elsewhere)
 }
 
 /// An image whose container sleeps: it keeps the namespaces of a pod.
@@ -108,8 +128,8 @@ pub fn base(folder: &Path, busybox: &Path) -> Result<super::Layer> {
 }
 
 /// Bytes to be lazy about, and many small files.
-fn content(folder: &Path, amount: Amount) -> Result<super::Layer> {
-    let mut layer = LayerWriter::create(folder, "content")?;
+fn content(folder: &Path, amount: Amount, packing: Packing) -> Result<super::Layer> {
+    let mut layer = LayerWriter::create_packed(folder, "content", packing)?;
     layer.directory("srv", Attributes::root(0o755))?;
     layer.file(&LARGE_FILE[1..], Attributes::root(0o644), &noise(1, amount.large_file as usize))?;
     layer.file("srv/zeros", Attributes::root(0o644), &vec![0; 5 << 20])?;
@@ -136,8 +156,8 @@ fn content(folder: &Path, amount: Amount) -> Result<super::Layer> {
 }
 
 /// What a second build step does to the files below it.
-fn changes(folder: &Path) -> Result<super::Layer> {
-    let mut layer = LayerWriter::create(folder, "changes")?;
+fn changes(folder: &Path, packing: Packing) -> Result<super::Layer> {
+    let mut layer = LayerWriter::create_packed(folder, "changes", packing)?;
     layer.whiteout("etc/removed")?;
     layer.file("etc/replaced", Attributes { mtime: 1_700_000_001, ..Attributes::root(0o600) }, b"after\n")?;
     layer.whiteout("srv/gone")?;
@@ -156,8 +176,8 @@ fn changes(folder: &Path) -> Result<super::Layer> {
 }
 
 /// Every sort of file, owner, mode, time and name.
-fn odd(folder: &Path) -> Result<super::Layer> {
-    let mut layer = LayerWriter::create(folder, "odd")?;
+fn odd(folder: &Path, packing: Packing) -> Result<super::Layer> {
+    let mut layer = LayerWriter::create_packed(folder, "odd", packing)?;
     layer.directory("odd", Attributes { uid: 1234, gid: 65_534, ..Attributes::root(0o1751) })?;
     layer.file("odd/setuid", Attributes::root(0o4755), b"setuid\n")?;
     layer.file("odd/setgid", Attributes { gid: 50, ..Attributes::root(0o2755) }, b"setgid\n")?;
