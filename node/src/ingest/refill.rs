@@ -86,7 +86,7 @@ impl Refills {
                 })
             })
             .await?;
-        let refill = self.joined(chunk).map_or_else(|| self.begin(known, loaded, chunk, shared), Ok)?;
+        let refill = self.joined(known, loaded, chunk, shared)?;
         let mut reached = refill.reached.subscribe();
         let arrival = reached.wait_for(|reached| reached.next > chunk || reached.end.is_some());
         let is_long = refill.chunks.end - refill.chunks.start > LONG;
@@ -108,15 +108,8 @@ impl Refills {
         self.running.lock().len()
     }
 
-    /// A pass that will come to `chunk`.
-    fn joined(&self, chunk: u32) -> Option<Arc<Refill>> {
-        let mut running = self.running.lock();
-        running.retain(|refill| refill.reached.borrow().end.is_none());
-        let comes = |refill: &&Arc<Refill>| refill.chunks.contains(&chunk) && refill.reached.borrow().next <= chunk;
-        running.iter().find(comes).map(Arc::clone)
-    }
-
-    fn begin(
+    /// A pass that will come to `chunk`: one under way, else a new one.
+    fn joined(
         &self,
         known: Arc<Known>,
         loaded: Arc<OnceCell<Loaded>>,
@@ -124,11 +117,8 @@ impl Refills {
         shared: &Arc<Shared>,
     ) -> io::Result<Arc<Refill>> {
         let mut running = self.running.lock();
-        // Somebody else may have begun it meanwhile.
-        let comes = |refill: &&Arc<Refill>| {
-            let reached = refill.reached.borrow();
-            refill.chunks.contains(&chunk) && reached.next <= chunk && reached.end.is_none()
-        };
+        running.retain(|refill| refill.reached.borrow().end.is_none());
+        let comes = |refill: &&Arc<Refill>| refill.chunks.contains(&chunk) && refill.reached.borrow().next <= chunk;
         if let Some(refill) = running.iter().find(comes) {
             return Ok(Arc::clone(refill));
         }
