@@ -60,7 +60,9 @@ async fn layers_larger_than_the_cache_are_read_within_it() {
     }
     assert!(node.counters().evicted_bytes > 0, "{:?}", node.counters());
     assert_eq!(node.counters().reads_failed, 0);
-    assert!(node.disk_use().taken <= size && node.disk_use().limit == size);
+    // Holes split extents, and the file system charges the blocks of their tree to the device.
+    let disk_use = node.disk_use();
+    assert!(disk_use.taken <= size + size / 100 && disk_use.limit == size, "{disk_use:?}");
     node.shutdown().await;
     drop((layers, node));
     let node = open(directory.path(), size, true);
