@@ -3,7 +3,7 @@
 #   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
 #   make check          format, lints, licences, documentation
-#   make fuzz           every fuzz target for FUZZ_SECONDS (needs nightly Rust and cargo-fuzz)
+#   make fuzz           every fuzz target for FUZZ_SECONDS
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
@@ -32,6 +32,7 @@ DENY := $(TARGET)/tools/cargo-deny/bin/cargo-deny
 NEEDS_BUILD := cc:gcc make:make git:git
 NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip zstd:zstd unshare:util-linux nsenter:util-linux \
     setpriv:util-linux fsck.erofs:erofs-utils dpkg-deb:dpkg
+NEEDS_FUZZ := $(NEEDS_BUILD) c++:g++
 NEEDS_DEMO := $(NEEDS_TEST) python3:python3 pip3:python3-pip npm:npm
 
 .PHONY: help
@@ -47,9 +48,11 @@ define install_missing
 	for need in cargo:Rust go:Go; do command -v $${need%%:*} >/dev/null || { echo "$${need#*:} is not installed or not in PATH: see README.md"; exit 1; }; done
 endef
 
-.PHONY: setup setup-demo
+.PHONY: setup setup-fuzz setup-demo
 setup:
 	$(call install_missing,$(NEEDS_TEST))
+setup-fuzz:
+	$(call install_missing,$(NEEDS_FUZZ))
 setup-demo:
 	$(call install_missing,$(NEEDS_DEMO))
 
@@ -97,15 +100,9 @@ $(DENY):
 	$(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TARGET)/tools/cargo-deny --quiet
 
 .PHONY: fuzz
-# Crates with fuzz targets. Their seeds are committed and replayed by the unit tests; what a run finds stays in artifacts/.
-FUZZ_CRATES := $(wildcard layer/fuzz node/fuzz snapshotter/fuzz seeder/fuzz)
-fuzz:
-	@if ! $(CARGO) +nightly fuzz --version >/dev/null 2>&1; then \
-	    echo "skipped: fuzzing needs nightly Rust and cargo-fuzz (rustup toolchain install nightly; cargo install cargo-fuzz)"; \
-	else for crate in $(FUZZ_CRATES); do for target in $$($(CARGO) +nightly fuzz list --fuzz-dir $$crate); do \
-	    echo "== $$crate $$target, $(FUZZ_SECONDS) s"; \
-	    $(CARGO) +nightly fuzz run --fuzz-dir $$crate $$target -- -max_total_time=$(FUZZ_SECONDS) -timeout=25 -verbosity=0 -print_final_stats=1; \
-	done; done; fi
+# Every parser of what comes from elsewhere. The committed corpus is where it begins, and the unit tests replay it.
+fuzz: setup-fuzz
+	@CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(FUZZ_SECONDS)
 
 .PHONY: bench-single bench-files bench-footprint bench-kernels
 # Scanning, image writing and ingest, with criterion.
@@ -127,8 +124,11 @@ bench-footprint: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/footprint
 
 # What takes too long for every change: the demonstration image compared file by file, more rounds of kills, more releases of
-# containerd.
+# containerd, and longer fuzzing, also with the address sanitizer where nightly Rust and cargo-fuzz are.
+NIGHTLY_FUZZ_SECONDS ?= 600
 .PHONY: nightly
-nightly: setup-demo
+nightly: setup-demo setup-fuzz
 	$(CARGO) build --release -p drover-snapshotter -p drover-seeder
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --release -p integration -- --ignored --test-threads=1
+	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(NIGHTLY_FUZZ_SECONDS)
+	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run --address $(NIGHTLY_FUZZ_SECONDS)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 mod blobs;
 #[allow(dead_code, unreachable_pub)]
-#[path = "../fuzz/src/lib.rs"]
+#[path = "../../fuzz/src/layer.rs"]
 mod targets;
 
 use blobs::{
@@ -15,7 +15,7 @@ use blobs::{
 use layer::ingest::Options;
 
 fn corpus(target: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target)
 }
 
 fn replay(target: &str, run: fn(&[u8])) {

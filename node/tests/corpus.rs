@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 #[allow(dead_code, unreachable_pub)]
-#[path = "../fuzz/src/lib.rs"]
+#[path = "../../fuzz/src/answers.rs"]
 mod targets;
 
 fn corpus(target: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target)
 }
 
 #[test]
@@ -17,8 +17,12 @@ fn answers_corpus() {
     for file in fs::read_dir(corpus("answers")).expect("corpus") {
         let path = file.expect("corpus").path();
         eprintln!("{}", path.display());
-        let input = fs::read(path).expect("corpus");
+        let input = fs::read(&path).expect("corpus");
         targets::answers(&input);
+        count += 1;
+        if !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("seed-")) {
+            continue;
+        }
         // What is cut off or changed must hold as well.
         for at in 0..input.len().min(400) {
             targets::answers(&input[..at]);
@@ -26,7 +30,6 @@ fn answers_corpus() {
             changed[at] ^= 1 << (at % 8);
             targets::answers(&changed);
         }
-        count += 1;
     }
     assert!(count > 0, "no inputs");
 }

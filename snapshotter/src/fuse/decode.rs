@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn the_fuzz_corpus_is_decoded() {
-        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/decode");
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/fuse");
         let mut seen = 0;
         for file in std::fs::read_dir(directory).unwrap() {
             let _ = decode(&std::fs::read(file.unwrap().path()).unwrap());

@@ -1,0 +1,13 @@
+//! What the fuzz targets do with their input: everything here must hold for any bytes.
+//!
+//! - [`layer`]: blobs, archives, indexes, EROFS images and wire forms.
+//! - [`answers`]: what registries, token servers and credential helpers say, and files that an operator wrote.
+//! - [`requests`]: what the kernel asks through `/dev/fuse`.
+//!
+//! The corpus is committed: `seed-*` are written by tests of `layer` and `node` (`write_seeds`), `found-*` is the smallest set
+//! of other inputs that reaches what a long run reached (`fuzz/run --keep`). The unit tests of each crate replay its part.
+//! `make fuzz` runs the targets; `cargo +nightly fuzz run --features libfuzzer gzip` works as well.
+
+pub mod answers;
+pub mod layer;
+pub mod requests;
