@@ -29,7 +29,7 @@ use crate::lazy::images::Images;
 use crate::lazy::prepare::ImageLayers;
 use crate::lazy::resolutions::Resolutions;
 use crate::mount::layers::LayerMounts;
-use crate::mount::probe;
+use crate::mount::probe::Ability;
 use crate::snapshots::Store;
 use crate::status::service::StatusService;
 use crate::sys;
@@ -144,10 +144,7 @@ pub async fn serve(
 const READ_AHEAD: u64 = 128 << 10;
 
 fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> anyhow::Result<ImageLayers> {
-    let not_lazy = probe::file_backed_erofs(&config.root).err().map(|error| error.to_string());
-    if let Some(reason) = &not_lazy {
-        tracing::error!(reason, "no layer can be lazy on this node: containerd unpacks all of them");
-    }
+    let ability = Ability::probe(&config.root);
     let mounts = Arc::new(LayerMounts::open(node.clone(), &config.root, config.devices(), program, adopted)?);
     let store = Arc::new(
         Store::open(&config.root, mounts.clone())
@@ -165,6 +162,6 @@ fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> an
         images: Images::new(ContentStore::new(&containerd), registries),
         hints: Arc::new(Hints::new(About::new(&containerd))),
         stall: config.prepare.stall,
-        not_lazy,
+        ability: Some(Arc::new(ability)),
     })
 }

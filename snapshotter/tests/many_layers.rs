@@ -126,7 +126,7 @@ async fn prepare_all(root: &Path) -> Duration {
         images: Images::new(ContentStore::new(&containerd), []),
         hints: Arc::new(Hints::new(About::new(&containerd))),
         stall: Duration::from_secs(10),
-        not_lazy: None,
+        ability: None,
     });
     let sweeper = Arc::new(Sweeper::new(store.clone(), layers.clone()));
     let socket = root.join("drover.sock");

@@ -17,6 +17,7 @@ use super::resolutions::{Resolutions, WaitError};
 use crate::containerd::lazy::{LazyLayers, LazyOutcome, PrepareLazy};
 use crate::containerd::source::ContentSource;
 use crate::mount::layers::{AttachError, LayerMounts};
+use crate::mount::probe::Ability;
 use crate::snapshots::{LazyBacking, LazyCommit, Release, Store, Usage};
 
 /// Share of the caller's time that a pull may wait: what is left is containerd's for unpacking.
@@ -116,8 +117,8 @@ pub struct ImageLayers {
     pub hints: Arc<Hints>,
     /// How long a pull waits for a layer that makes no progress.
     pub stall: Duration,
-    /// Why nothing can be lazy on this node, if so.
-    pub not_lazy: Option<String>,
+    /// Whether anything can be lazy on this node; believed where it is `None`.
+    pub ability: Option<Arc<Ability>>,
 }
 
 /// What a `Prepare` asks for.
@@ -166,8 +167,11 @@ impl LazyLayers for ImageLayers {
 
 impl ImageLayers {
     async fn try_prepare(&self, request: &PrepareLazy<'_>) -> Result<(), Decline> {
-        if let Some(reason) = &self.not_lazy {
-            return Err(Decline::Node(reason.clone()));
+        if let Some(ability) = self.ability.clone() {
+            let refusal = tokio::task::spawn_blocking(move || ability.refusal()).await;
+            if let Some(reason) = refusal.map_err(|error| Decline::Node(error.to_string()))? {
+                return Err(Decline::Node(reason));
+            }
         }
         let target: ChainId = request.target.parse().map_err(|_| Decline::Target(request.target.to_owned()))?;
         let parent = self.parent_chain(request.parent)?;

@@ -1,12 +1,13 @@
 //! Whether this kernel can do what lazy layers need, found out by doing it.
 
 use std::fs;
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use layer::entry::{Entry, Kind, Mtime};
 use layer::erofs::{ImageOptions, Stack, write_image};
 use layer::tree::Tree;
+use parking_lot::Mutex;
 
 use super::erofs::{ErofsMount, MountError, unmount};
 
@@ -22,6 +23,44 @@ pub enum ProbeError {
     /// The probe's image could not be written.
     #[error("cannot write the probe's image: {0}")]
     Image(String),
+}
+
+/// Whether this node can mount lazy layers, as far as it is known.
+#[derive(Debug)]
+pub struct Ability {
+    root: PathBuf,
+    refusal: Mutex<Option<ProbeError>>,
+}
+
+impl Ability {
+    /// Finds it out below `root`. Blocks.
+    pub fn probe(root: &Path) -> Self {
+        let refusal = file_backed_erofs(root).err();
+        if let Some(reason) = &refusal {
+            tracing::error!(%reason, "no layer can be lazy on this node: containerd unpacks all of them");
+        }
+        Self { root: root.to_owned(), refusal: Mutex::new(refusal) }
+    }
+
+    /// Why no layer can be lazy here; `None` where they can. What a full disk kept from being found out is tried again. Blocks.
+    pub fn refusal(&self) -> Option<String> {
+        let mut refusal = self.refusal.lock();
+        if refusal.as_ref().is_some_and(ProbeError::is_full_disk) {
+            *refusal = file_backed_erofs(&self.root).err();
+            if refusal.is_none() {
+                tracing::info!("layers can be lazy on this node: its disk has space");
+            }
+        }
+        refusal.as_ref().map(ProbeError::to_string)
+    }
+}
+
+impl ProbeError {
+    /// Whether it says nothing about the kernel.
+    fn is_full_disk(&self) -> bool {
+        let Self::Mount(MountError::Io { source, .. }) = self else { return false };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
 }
 
 /// Mounts a tiny image over a device file below `root`, reads from it and unmounts it. Needs no FUSE.
@@ -73,6 +112,19 @@ fn probe(folder: &Path) -> Result<(), ProbeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_no_answer() {
+        let folder = tempfile::tempdir().unwrap();
+        let ability = |refusal| Ability { root: folder.path().to_owned(), refusal: Mutex::new(Some(refusal)) };
+        assert!(ability(ProbeError::WrongBytes).refusal().unwrap().contains("does not read back"));
+        let full = |kind: io::ErrorKind| ProbeError::Mount(MountError::io(folder.path())(kind.into()));
+        let text = full(io::ErrorKind::StorageFull).to_string();
+        let again = ability(full(io::ErrorKind::StorageFull)).refusal();
+        assert_eq!(again, file_backed_erofs(folder.path()).err().map(|error| error.to_string()));
+        assert_ne!(again, Some(text));
+        assert!(!full(io::ErrorKind::PermissionDenied).is_full_disk());
+    }
 
     #[test]
     fn leaves_nothing_behind() {

@@ -62,7 +62,7 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
         bytes_here: used.taken,
         bytes_max: if used.limit == u64::MAX { 0 } else { used.limit },
         disk_bytes: layers.store.disk_bytes()?,
-        not_lazy: layers.not_lazy.clone().unwrap_or_default(),
+        not_lazy: layers.ability.as_ref().and_then(|ability| ability.refusal()).unwrap_or_default(),
     })
 }
 
