@@ -102,7 +102,7 @@ impl Containerd {
             ctr.arg("--address").arg(socket).arg(command);
             ctr
         };
-        daemon.wait_until("answers", Duration::from_secs(30), || run(&mut this("version")).is_ok())?;
+        daemon.wait_until("answers", Duration::from_secs(60), || run(&mut this("version")).is_ok())?;
         Ok(Self {
             daemon,
             socket: socket.to_owned(),

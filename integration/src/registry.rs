@@ -39,7 +39,7 @@ impl Registry {
         let mut command = network.command(Place::Registry, &tools.registry);
         command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
         let mut daemon = Daemon::start("registry", &mut command, &folder.join("log"))?;
-        daemon.wait_until("answers", Duration::from_secs(20), || {
+        daemon.wait_until("answers", Duration::from_secs(60), || {
             let url = format!("http://{address}/v2/");
             run(network.command(Place::Registry, "curl").args(["-sf", "--noproxy", "*", &url])).is_ok()
         })?;

@@ -155,7 +155,7 @@ impl RealRegistry {
         let mut command = Command::new(&fixture.programs.registry);
         command.arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none");
         let mut daemon = Daemon::start("registry", &mut command, &fixture.folder.path().join(format!("{name}.log")))?;
-        daemon.wait_until("listens", Duration::from_secs(20), || std::net::TcpStream::connect(address).is_ok())?;
+        daemon.wait_until("listens", Duration::from_secs(60), || std::net::TcpStream::connect(address).is_ok())?;
         Ok(Self { _daemon: daemon, address })
     }
 

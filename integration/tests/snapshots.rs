@@ -52,7 +52,7 @@ fn ordinary(run: &Run) -> Result<()> {
     let mut fixture = network.command(Place::Node, FIXTURE);
     fixture.arg("--root").arg(&root).arg("--socket").arg(socket);
     let mut fixture = Daemon::start("snapshots_fixture", &mut fixture, &run.folder().join("fixture.log"))?;
-    fixture.wait_until("listens", Duration::from_secs(30), || socket.exists())?;
+    fixture.wait_until("listens", Duration::from_secs(60), || socket.exists())?;
     let drop_in = fs::read_to_string(workspace().join("contrib/containerd/drover-v3.toml"))?
         .replace("/run/drover/drover.sock", "/run/ordinary.sock")
         .replace("/var/lib/drover", &root.display().to_string());
@@ -112,7 +112,7 @@ fn ordinary(run: &Run) -> Result<()> {
     // Removed: records by containerd's garbage collection, directories with them.
     process::run(&mut containerd.ctr(network, &["image", "remove", "--sync", &reference]))?;
     let left = || fs::read_dir(root.join("snapshots")).map_or(0, Iterator::count);
-    wait_for("the end of all snapshots", Duration::from_secs(30), || left() == 0)
+    wait_for("the end of all snapshots", Duration::from_secs(60), || left() == 0)
 }
 
 fn run() -> Result<()> {

@@ -100,7 +100,7 @@ fn the_first_daemon_may_die_before_it_has_answered() {
     for _ in 0..5 {
         let mut fixture = Fixture::spawn();
         // As early as it can be seen.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let daemon = loop {
             match fixture.status().and_then(|status| status.daemon) {
                 Some(daemon) => break daemon,
@@ -337,7 +337,7 @@ impl Fixture {
     fn ask_service(&self) -> u32 {
         loop {
             let mut socket = UnixStream::connect(self.directory().join("service.sock")).unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
             let mut answer = String::new();
             if socket.read_to_string(&mut answer).is_ok_and(|length| length > 0) {
                 return answer.trim().parse().unwrap();
@@ -414,7 +414,7 @@ impl Manager {
     fn new(directory: &Path) -> Manager {
         let path = directory.join("notify.sock");
         let socket = UnixDatagram::bind(&path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         Manager { socket, path }
     }
 
