@@ -2,6 +2,7 @@
 
 pub mod demo;
 pub mod layer;
+pub mod real;
 mod rootfs;
 pub mod small;
 pub mod torch;

@@ -112,6 +112,20 @@ pub fn cni_plugins(progress: &dyn Fn(&str)) -> Result<PathBuf> {
     Ok(unpack_packages(&target()?.join("tools"), package, &[package], progress)?.join("usr/lib/cni"))
 }
 
+/// Certificates of the authorities that the distribution trusts, one after the other as PEM. Its package is downloaded now if it is
+/// not here.
+pub fn authorities(progress: &dyn Fn(&str)) -> Result<String> {
+    let package = "ca-certificates";
+    let folder = unpack_packages(&target()?.join("tools"), package, &[package], progress)?;
+    let folder = folder.join("usr/share/ca-certificates/mozilla");
+    let entries = fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    let texts =
+        files.iter().map(|file| fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display())));
+    texts.collect()
+}
+
 /// What tests of registries need, and no more: neither containerd nor Go.
 #[derive(Clone, Debug)]
 pub struct RegistryPrograms {

@@ -221,6 +221,21 @@ impl LayerWriter {
         }
     }
 
+    /// Everything below `root`, and `root` itself as `./`, as GNU tar writes it: with PAX records for times and attributes.
+    pub fn tree(&mut self, root: &Path) -> Result<()> {
+        let mut tar = Command::new("tar");
+        tar.args(["--create", "--format=pax", "--pax-option=delete=atime,delete=ctime", "--sort=name"]);
+        tar.args(["--numeric-owner", "--xattrs", "--xattrs-include=*", "--directory"]).arg(root).arg(".");
+        let mut tar = tar.stdout(Stdio::piped()).spawn().context("cannot start tar")?;
+        let mut archive = tar.stdout.take().context("tar has no output")?;
+        io::copy(&mut archive, self.builder.get_mut()).with_context(|| format!("cannot pack {}", root.display()))?;
+        let status = tar.wait().context("cannot wait for tar")?;
+        if !status.success() {
+            bail!("packing {} failed: {status}", root.display());
+        }
+        Ok(())
+    }
+
     /// Ends the layer; its blob is now named by its digest.
     pub fn finish(self) -> Result<Layer> {
         let Self { builder, packing, mut packer, folder, unfinished } = self;

@@ -29,11 +29,15 @@ pub(super) fn cached(
     layers: impl FnOnce(&mut Rootfs<'_>, &Path) -> Result<Vec<Layer>>,
 ) -> Result<Image> {
     let folder = cache.join(format!("{name}-{}", key(inputs)?));
+    fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    // Whoever wants the same image at the same time waits for it.
+    let lock = fs::File::create(cache.join(format!("{name}.lock"))).context("cannot create a lock")?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).context("cannot lock an image")?;
     if let Ok(image) = Image::open(&folder) {
         say("the image was built before");
         return Ok(image);
     }
-    let unfinished = cache.join("unfinished");
+    let unfinished = cache.join(format!("{name}-unfinished"));
     let _ = fs::remove_dir_all(&unfinished);
     fs::create_dir_all(&unfinished).with_context(|| format!("cannot create {}", unfinished.display()))?;
     let mut rootfs = Rootfs::create(unfinished.join("work"), say)?;
