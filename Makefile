@@ -31,7 +31,7 @@ DENY := $(TARGET)/tools/cargo-deny/bin/cargo-deny
 # Program and the Debian or Ubuntu package that has it.
 NEEDS_BUILD := cc:gcc make:make git:git
 NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip zstd:zstd unshare:util-linux nsenter:util-linux \
-    setpriv:util-linux fsck.erofs:erofs-utils dpkg-deb:dpkg
+    setpriv:util-linux mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils dpkg-deb:dpkg
 NEEDS_FUZZ := $(NEEDS_BUILD) c++:g++
 NEEDS_DEMO := $(NEEDS_TEST) python3:python3 pip3:python3-pip npm:npm
 
@@ -123,12 +123,14 @@ bench-files: bench-programs
 bench-footprint: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/footprint
 
-# What takes too long for every change: the demonstration image compared file by file, more rounds of kills, more releases of
-# containerd, and longer fuzzing, also with the address sanitizer where nightly Rust and cargo-fuzz are.
+# What takes too long for every change: large images compared file by file, more releases of containerd, more rounds of kills, and
+# longer fuzzing, also with the address sanitizer where nightly Rust and cargo-fuzz are.
 NIGHTLY_FUZZ_SECONDS ?= 600
+NIGHTLY_KILLS ?= 200
 .PHONY: nightly
 nightly: setup-demo setup-fuzz
 	$(CARGO) build --release -p drover-snapshotter -p drover-seeder
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --release -p integration -- --ignored --test-threads=1
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_KILLS=$(NIGHTLY_KILLS) $(CARGO) test --release -p integration --test fuse -- kills_of
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(NIGHTLY_FUZZ_SECONDS)
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run --address $(NIGHTLY_FUZZ_SECONDS)

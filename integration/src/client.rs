@@ -29,11 +29,13 @@ pub enum Way {
     Nerdctl,
     /// Kubernetes' interface, by `crictl`.
     Cri,
+    /// `drover-snapshotter pull`, and then `ctr`.
+    Drover,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Ctr, Self::CtrLocal, Self::Nerdctl, Self::Cri];
+    pub const ALL: [Self; 5] = [Self::Ctr, Self::CtrLocal, Self::Nerdctl, Self::Cri, Self::Drover];
 
     /// What people type, or the interface's name.
     pub const fn name(self) -> &'static str {
@@ -42,6 +44,7 @@ impl Way {
             Self::CtrLocal => "ctr image pull --local",
             Self::Nerdctl => "nerdctl run",
             Self::Cri => "CRI",
+            Self::Drover => "drover-snapshotter pull",
         }
     }
 
@@ -54,7 +57,7 @@ impl Way {
     /// containerd's namespace of its images and containers.
     pub const fn namespace(self) -> &'static str {
         match self {
-            Self::Ctr | Self::CtrLocal | Self::Nerdctl => "default",
+            Self::Ctr | Self::CtrLocal | Self::Nerdctl | Self::Drover => "default",
             Self::Cri => "k8s.io",
         }
     }
@@ -98,7 +101,7 @@ impl<'a> Client<'a> {
     /// A client in `namespace`; CRI has but one.
     pub fn in_namespace(way: Way, namespace: &str, scene: &'a Scene, node: &'a Node) -> Result<Self> {
         let program = match way {
-            Way::Ctr | Way::CtrLocal => scene.tools.containerd.join("ctr"),
+            Way::Ctr | Way::CtrLocal | Way::Drover => scene.tools.containerd.join("ctr"),
             Way::Nerdctl => tools::nerdctl(&|_| {})?,
             Way::Cri => tools::crictl(&|_| {})?,
         };
@@ -110,6 +113,11 @@ impl<'a> Client<'a> {
     /// Its namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// Control group of the container `name`.
+    pub fn control_group(&self, name: &str) -> String {
+        format!("{}/{name}", self.node.containerd().control_group())
     }
 
     /// `ctr` in this client's namespace, whatever the client is.
@@ -124,7 +132,7 @@ impl<'a> Client<'a> {
         let containerd = self.node.containerd();
         let mut command = self.scene.network.command(Place::Node, &self.program);
         match self.way {
-            Way::Ctr | Way::CtrLocal => return self.ctr(arguments),
+            Way::Ctr | Way::CtrLocal | Way::Drover => return self.ctr(arguments),
             Way::Nerdctl => {
                 command.arg("--address").arg(containerd.socket()).args(["--namespace", &self.namespace]);
                 command.args(["--snapshotter", "drover", "--cgroup-manager", "cgroupfs"]);
@@ -144,7 +152,7 @@ impl<'a> Client<'a> {
     }
 
     /// The command that pulls; not started yet.
-    pub fn pulling(&self, reference: &str) -> Command {
+    pub fn pulling(&self, reference: &str) -> Result<Command> {
         let hosts = self.node.containerd().hosts().display().to_string();
         let ctr = ["image", "pull", "--snapshotter", "drover", "--hosts-dir", &hosts];
         let mut command = match self.way {
@@ -153,14 +161,19 @@ impl<'a> Client<'a> {
             // Not `nerdctl pull`: what people type is to be seen.
             Way::Nerdctl => self.program(&["run", "--rm", "--net", "host", "--entrypoint", "/bin/true"]),
             Way::Cri => self.program(&["pull"]),
+            Way::Drover => {
+                let mut command = self.node.snapshotter()?.pulling(&self.scene.network);
+                command.args(["--namespace", &self.namespace]);
+                command
+            }
         };
         command.arg(reference);
-        command
+        Ok(command)
     }
 
     /// Pulls an image, with what this client needs to have it (nerdctl: runs it once).
     pub fn pull(&self, reference: &str) -> Result<()> {
-        run(&mut self.pulling(reference)).with_context(|| format!("{}: cannot pull {reference}", self.way.name()))?;
+        run(&mut self.pulling(reference)?).with_context(|| format!("{}: cannot pull {reference}", self.way.name()))?;
         Ok(())
     }
 
@@ -171,9 +184,9 @@ impl<'a> Client<'a> {
 
     /// Starts a container in a pod of choice, which only CRI has.
     pub fn start_in(&self, reference: &str, name: &str, pod: Pod<'_>) -> Result<Container> {
-        let group = format!("{}/{name}", self.node.containerd().control_group());
+        let group = self.control_group(name);
         let id = match self.way {
-            Way::Ctr | Way::CtrLocal => {
+            Way::Ctr | Way::CtrLocal | Way::Drover => {
                 let options = ["run", "--detach", "--net-host", "--cgroup", &group, "--snapshotter", "drover"];
                 run(self.ctr(&options).args([reference, name]).args(SLEEP))?;
                 name.to_owned()
@@ -228,7 +241,7 @@ impl<'a> Client<'a> {
     pub fn exec(&self, container: &Container, arguments: &[&str]) -> Result<String> {
         let id = container.id.as_str();
         let mut command = match self.way {
-            Way::Ctr | Way::CtrLocal => self.ctr(&["task", "exec", "--exec-id", "exec", id]),
+            Way::Ctr | Way::CtrLocal | Way::Drover => self.ctr(&["task", "exec", "--exec-id", "exec", id]),
             Way::Nerdctl => self.program(&["exec", id]),
             Way::Cri => self.program(&["exec", "--sync", id]),
         };
@@ -251,7 +264,7 @@ impl<'a> Client<'a> {
     pub fn remove(&self, container: Container) -> Result<()> {
         let Container { id, pod } = container;
         match self.way {
-            Way::Ctr | Way::CtrLocal => {
+            Way::Ctr | Way::CtrLocal | Way::Drover => {
                 run(&mut self.ctr(&["task", "rm", "--force", &id]))?;
                 run(&mut self.ctr(&["container", "rm", &id]))?;
             }
@@ -270,7 +283,7 @@ impl<'a> Client<'a> {
     /// Removes an image; what no other image needs is gone afterwards, or soon.
     pub fn remove_image(&self, reference: &str) -> Result<()> {
         match self.way {
-            Way::Ctr | Way::CtrLocal => run(&mut self.ctr(&["image", "rm", "--sync", reference]))?,
+            Way::Ctr | Way::CtrLocal | Way::Drover => run(&mut self.ctr(&["image", "rm", "--sync", reference]))?,
             Way::Nerdctl => run(&mut self.program(&["rmi", "--force", reference]))?,
             Way::Cri => run(&mut self.program(&["rmi", reference]))?,
         };
@@ -313,7 +326,7 @@ impl<'a> Client<'a> {
 pub fn wait_until_empty(node: &Node, allowed: u64) -> Result<()> {
     let snapshotter = node.snapshotter()?;
     let mut last = String::new();
-    let waited = wait_for("the disk is given back", Duration::from_secs(30), || {
+    let waited = wait_for("the disk is given back", Duration::from_secs(60), || {
         let status = snapshotter.status();
         let used = snapshotter.disk_use().unwrap_or(u64::MAX);
         let empty = status.as_ref().is_ok_and(|status| status.images.is_empty() && status.bytes_here == 0);

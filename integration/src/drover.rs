@@ -22,10 +22,10 @@ pub const LOG: &str = "DROVER_LAB_LOG";
 const PORT: u16 = 7070;
 
 /// How long a daemon may take until it answers.
-const START_DEADLINE: Duration = Duration::from_secs(20);
+const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long the snapshotter may take to say its status.
-const STATUS_DEADLINE: Duration = Duration::from_secs(10);
+const STATUS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Certificates of a cluster, as `drover-seeder ca` issues them.
 #[derive(Clone, Debug)]
@@ -121,13 +121,14 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Starts a snapshotter with state in `folder` and its sockets in `sockets`. `extra` is added to its configuration.
+    /// Starts a snapshotter with its configuration and log in `folder`, its store in `root` and its sockets in `sockets`. `extra` is added to its configuration.
     #[expect(clippy::too_many_arguments, reason = "each is one line of the configuration")]
     pub fn start(
         tools: &Tools,
         network: &Network,
         cluster: &Cluster,
         folder: &Path,
+        root: PathBuf,
         sockets: &Path,
         containerd: &Path,
         seeder: &str,
@@ -136,7 +137,6 @@ impl Snapshotter {
     ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         fs::create_dir_all(sockets).with_context(|| format!("cannot create {}", sockets.display()))?;
-        let root = folder.join("store");
         let config = folder.join("snapshotter.toml");
         let mut text = format!("root = \"{}\"\nrun = \"{}\"\n", root.display(), sockets.display());
         if let Ok(filter) = std::env::var(LOG) {
@@ -206,7 +206,14 @@ impl Snapshotter {
 
     /// `drover-snapshotter pull` at the node; gives what it printed.
     pub fn pull(&self, network: &Network, reference: &str) -> Result<String> {
-        run(network.command(Place::Node, &self.program).arg("pull").arg("--config").arg(&self.config).arg(reference))
+        run(self.pulling(network).arg(reference))
+    }
+
+    /// The same, to be given the reference and started.
+    pub fn pulling(&self, network: &Network) -> Command {
+        let mut command = network.command(Place::Node, &self.program);
+        command.arg("pull").arg("--config").arg(&self.config);
+        command
     }
 
     fn serve(network: &Network, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {

@@ -9,10 +9,12 @@
 //! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
 //! - [`rivals`]: other lazy snapshotters, for the benchmarks. [`report`]: tables of medians.
 //! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
+//! - [`disk`]: a small disk that can be filled.
 
 pub mod client;
 pub mod compare;
 pub mod containerd;
+pub mod disk;
 pub mod drover;
 pub mod image;
 pub mod measure;

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::containerd::{Containerd, Cri, Setup};
+use crate::disk::Disk;
 use crate::drover::{Cluster, Seeder, Snapshotter};
 use crate::network::{Network, Place};
 use crate::process::{self, Daemon, wait_for};
@@ -18,6 +19,9 @@ use crate::registry::Registry;
 use crate::rivals::Rival;
 use crate::sandbox::Run;
 use crate::tools::{Release, Tools, workspace};
+
+/// The drop-in's line for containers with a user namespace.
+const REMAP_IDS_OFF: &str = "# capabilities = ['remap-ids']";
 
 /// Everything but the nodes.
 #[derive(Debug)]
@@ -74,25 +78,25 @@ impl Scene {
 
     /// A node with nothing on its disk, running containerd only.
     pub fn plain_node(&mut self) -> Result<Node> {
-        self.node(Kind::Plain, None)
+        self.node(Kind::Plain)
     }
 
     /// A node with nothing on its disk, running containerd and Drover. `extra` is added to the snapshotter's configuration.
     pub fn drover_node(&mut self, extra: &str) -> Result<Node> {
-        self.node(Kind::Drover(extra), None)
+        self.drover_node_as(&NodeSetup { extra, ..NodeSetup::default() })
     }
 
-    /// The same with Kubernetes' interface.
-    pub fn kubernetes_node(&mut self, extra: &str, cri: &Cri) -> Result<Node> {
-        self.node(Kind::Drover(extra), Some(cri))
+    /// The same with everything of choice.
+    pub fn drover_node_as(&mut self, setup: &NodeSetup<'_>) -> Result<Node> {
+        self.node(Kind::Drover(setup))
     }
 
     /// A node with nothing on its disk, running containerd and another lazy snapshotter.
     pub fn rival_node(&mut self, rival: Rival) -> Result<Node> {
-        self.node(Kind::Rival(rival), None)
+        self.node(Kind::Rival(rival))
     }
 
-    fn node(&mut self, kind: Kind<'_>, cri: Option<&Cri>) -> Result<Node> {
+    fn node(&mut self, kind: Kind<'_>) -> Result<Node> {
         self.nodes += 1;
         let folder = self.run.folder().join(format!("node-{}", self.nodes));
         let sockets = PathBuf::from(format!("/run/lab-{}", self.nodes));
@@ -103,7 +107,7 @@ impl Scene {
         let plain_registry = self.plain_registry();
         // From here on the guard clears the node when a later step fails.
         let mut node = Node { containerd: None, snapshotter: None, rival: None, folder, containerd_socket };
-        let mut drop_in = None;
+        let (mut drop_in, mut cri) = (None, None);
         if let Kind::Rival(rival) = kind {
             let registry = plain_registry.as_deref().context("other snapshotters need the private registry")?;
             let (root, socket) = (node.folder.join("rival"), sockets.join("rival.sock"));
@@ -111,7 +115,9 @@ impl Scene {
             node.rival = Some(daemon);
             drop_in = Some(text);
         }
-        if let Kind::Drover(extra) = kind {
+        if let Kind::Drover(setup) = kind {
+            cri = setup.cri;
+            let root = setup.disk.map_or(node.folder.join("drover"), |disk| disk.path().to_owned()).join("store");
             let cluster = self.cluster()?;
             // A node starts whether there is a seeder or not.
             let seeder = format!("{}:7070", self.network.address(Place::Seeder));
@@ -120,13 +126,14 @@ impl Scene {
                 &self.network,
                 &cluster,
                 &node.folder.join("drover"),
+                root,
                 &sockets,
                 &node.containerd_socket,
                 &seeder,
                 plain_registry.as_deref(),
-                extra,
+                setup.extra,
             )?;
-            drop_in = Some(our_drop_in(self.tools.release, &snapshotter)?);
+            drop_in = Some(our_drop_in(self.tools.release, &snapshotter, setup.remaps_ids)?);
             node.snapshotter = Some(snapshotter);
         }
         node.containerd = Some(Containerd::start(
@@ -165,12 +172,24 @@ impl Scene {
     }
 }
 
+/// How a node with Drover is configured.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NodeSetup<'a> {
+    /// Lines for the snapshotter's configuration.
+    pub extra: &'a str,
+    /// Where the snapshotter's store is; must be there longer than the node.
+    pub disk: Option<&'a Disk>,
+    /// Kubernetes' interface.
+    pub cri: Option<&'a Cri>,
+    /// Whether containerd leaves the ids of containers with a user namespace to the snapshotter.
+    pub remaps_ids: bool,
+}
+
 /// What runs beside containerd.
 #[derive(Clone, Copy)]
 enum Kind<'a> {
     Plain,
-    /// With lines for its configuration.
-    Drover(&'a str),
+    Drover(&'a NodeSetup<'a>),
     Rival(Rival),
 }
 
@@ -232,9 +251,12 @@ impl Node {
     fn clear(&mut self) -> Result<()> {
         kill_shims(&self.containerd_socket);
         self.containerd = None;
-        self.snapshotter = None;
+        let root = self.snapshotter.take().map(|snapshotter| snapshotter.root().to_owned());
         self.rival = None;
         unmount_below(&self.folder)?;
+        if let Some(root) = root {
+            unmount_below(&root)?;
+        }
         if std::env::var_os("DROVER_LAB_KEEP").is_none() {
             fs::remove_dir_all(&self.folder).with_context(|| format!("cannot remove {}", self.folder.display()))?;
         }
@@ -252,10 +274,15 @@ impl Drop for Node {
 }
 
 /// The drop-in of `contrib/containerd/` with this lab's paths.
-fn our_drop_in(release: Release, snapshotter: &Snapshotter) -> Result<String> {
+fn our_drop_in(release: Release, snapshotter: &Snapshotter, remaps_ids: bool) -> Result<String> {
     let name = if release.has_version_3() { "drover-v3.toml" } else { "drover-v2.toml" };
     let path = workspace().join("contrib/containerd").join(name);
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    if remaps_ids {
+        // A key that it is shipped with as a comment.
+        ensure!(text.contains(REMAP_IDS_OFF), "{} has no line {REMAP_IDS_OFF}", path.display());
+        text = text.replace(REMAP_IDS_OFF, REMAP_IDS_OFF.trim_start_matches("# "));
+    }
     let (socket, root) = (snapshotter.socket().display().to_string(), snapshotter.root().display().to_string());
     Ok(text.replace("/run/drover/drover.sock", &socket).replace("/var/lib/drover", &root))
 }

@@ -1,6 +1,7 @@
 //! Every client with every containerd: what `docs/compatibility.md` says, proven with the real programs. Needs root; every
 //! test runs in a sandbox of its own (see `lab::sandbox`).
 
+mod ids;
 mod matrix;
 mod pods;
 mod shared;

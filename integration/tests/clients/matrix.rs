@@ -12,14 +12,14 @@ use lab::image::Image;
 use lab::image::small::{self, Amount};
 use lab::process::{run as run_command, wait_for};
 use lab::sandbox::Run;
-use lab::scene::{Node, Scene};
+use lab::scene::{Node, NodeSetup, Scene};
 use lab::tools::{self, Release, Tools};
 
-use crate::shared;
 use crate::table::{Outcome, Table};
+use crate::{ids, shared};
 
 /// Keeps layers as they were read: what a container did not need stays elsewhere.
-const NO_FILL: &str = "[fill]\nenabled = false\n";
+pub(crate) const NO_FILL: &str = "[fill]\nenabled = false\n";
 
 /// What an empty store may grow by: records, logs.
 pub(crate) const LEFT: u64 = 4 << 20;
@@ -31,7 +31,9 @@ pub(crate) struct Stage {
     pub(crate) node: Node,
     pub(crate) reference: String,
     pub(crate) image: Image,
-    pub(crate) images: PathBuf,
+    /// Another image, on the same lower layers; it holds `two` in `/version`.
+    pub(crate) other: String,
+    pub(crate) variant: Image,
     /// The image as containerd unpacks it, and when that began.
     pub(crate) expected: (PathBuf, SystemTime),
     /// Keeps `expected` mounted.
@@ -43,7 +45,7 @@ pub(crate) struct Stage {
 /// All pairs of `release`, then what concerns several images or namespaces.
 pub(crate) fn release(run: &Run, release: Release) -> Result<()> {
     let table = Table::read()?;
-    let Some(stage) = Stage::set(run, release)? else { return Ok(()) };
+    let Some(mut stage) = Stage::set(run, release)? else { return Ok(()) };
     let version = stage.scene.tools.containerd_version()?;
     let said = table.versions.get(&release).context("no row")?;
     ensure!(*said == version, "the page says {said} was tested, this is {version}");
@@ -56,7 +58,8 @@ pub(crate) fn release(run: &Run, release: Release) -> Result<()> {
         })?;
         println!("containerd {version}, {}: {outcome:?}, {:.1} s", way.name(), began.elapsed().as_secs_f64());
     }
-    shared::all(&stage).with_context(|| format!("containerd {version}"))
+    shared::all(&stage).with_context(|| format!("containerd {version}"))?;
+    ids::all(&mut stage).with_context(|| format!("containerd {version}, a user namespace"))
 }
 
 impl Stage {
@@ -70,13 +73,16 @@ impl Stage {
         let cni_plugins = Some(tools::cni_plugins(&|what| println!("{what}"))?);
         let images = run.folder().join("images");
         let image = small::build_amount(&images.join("small"), &tools.busybox, Amount::LITTLE)?;
+        let variant = small::build_variant(&images.join("variant"), &tools.busybox, Amount::LITTLE, "two\n")?;
         let pause = small::build_pause(&images.join("pause"), &tools.busybox)?;
         let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
         let registry = scene.registry.as_ref().context("a private scene has a registry")?;
         let reference = registry.push(&scene.network, &image, "test/small", "1")?;
+        let other = registry.push(&scene.network, &variant, "test/variant", "1")?;
         let pause_image = registry.push(&scene.network, &pause, "test/pause", "1")?;
         scene.start_seeder(true)?;
         scene.ingest(&reference)?;
+        scene.ingest(&other)?;
 
         let began = SystemTime::now();
         let plain = scene.plain_node()?;
@@ -84,10 +90,12 @@ impl Stage {
         let expected = run.folder().join("expected");
         plain.mount_image(&scene.network, "overlayfs", &reference, &expected)?;
 
-        let node = scene.kubernetes_node(NO_FILL, &Cri { pause_image, cni_plugins })?;
+        let cri = Cri { pause_image, cni_plugins };
+        let setup = NodeSetup { extra: NO_FILL, cri: Some(&cri), ..NodeSetup::default() };
+        let node = scene.drover_node_as(&setup)?;
         let empty = node.snapshotter()?.disk_use()?;
         let expected = (expected, began);
-        Ok(Some(Self { scene, node, reference, image, images, expected, _plain: plain, empty }))
+        Ok(Some(Self { scene, node, reference, image, other, variant, expected, _plain: plain, empty }))
     }
 
     /// Whether what containerd has of the image beside `before` bytes is next to nothing, or all.
@@ -120,7 +128,7 @@ impl Stage {
     pub(crate) fn wait_until_empty(&self) -> Result<()> {
         wait_until_empty(&self.node, self.empty + LEFT)?;
         let content = || self.node.containerd().content_bytes();
-        wait_for("containerd's content store is empty", Duration::from_secs(30), || content() == 0)
+        wait_for("containerd's content store is empty", Duration::from_secs(60), || content() == 0)
             .with_context(|| format!("{} bytes are left", content()))
     }
 }

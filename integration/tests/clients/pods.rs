@@ -7,15 +7,15 @@ use lab::tools::Release;
 use crate::matrix::Stage;
 use crate::shared::clear;
 
-/// All of it, one after the other. `other` is a second image, which holds `two` in `/version`.
-pub(crate) fn all(stage: &Stage, other: &str) -> Result<()> {
+/// All of it, one after the other.
+pub(crate) fn all(stage: &Stage) -> Result<()> {
     let client = Client::new(Way::Cri, &stage.scene, &stage.node)?;
     client.pull(&stage.reference)?;
     own_network(stage, &client).context("a pod with a network of its own")?;
     // The first release whose CRI mounts images.
     if stage.scene.tools.release >= Release::V2_1 {
-        client.pull(other)?;
-        image_volume(stage, &client, other).context("an image as a volume")?;
+        client.pull(&stage.other)?;
+        image_volume(stage, &client).context("an image as a volume")?;
     }
     clear(&client)?;
     stage.wait_until_empty()
@@ -30,8 +30,8 @@ fn own_network(stage: &Stage, client: &Client<'_>) -> Result<()> {
     client.remove(container)
 }
 
-fn image_volume(stage: &Stage, client: &Client<'_>, other: &str) -> Result<()> {
-    let pod = Pod { image_volume: Some((other, "/volume")), ..Pod::default() };
+fn image_volume(stage: &Stage, client: &Client<'_>) -> Result<()> {
+    let pod = Pod { image_volume: Some((&stage.other, "/volume")), ..Pod::default() };
     let container = client.start_in(&stage.reference, "image-volume", pod)?;
     let printed = client.exec(&container, &["cat", "/volume/version", "/volume/etc/replaced", "/etc/replaced"])?;
     ensure!(printed == "two\nbefore\nafter\n", "the volume holds {printed:?}");

@@ -5,8 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::client::{Client, Way};
-use lab::image::Image;
-use lab::image::small::{self, Amount};
 use lab::process::{run, wait_for};
 use lab::tools::Release;
 
@@ -14,27 +12,20 @@ use crate::matrix::Stage;
 use crate::pods;
 
 /// Link speed at which a pull takes long enough to be interrupted, in Mbit/s.
-const SLOW: u32 = 10;
+const SLOW: u32 = 4;
 
 /// As fast as the machine is.
 const FAST: u32 = 10_000;
 
 /// All of it, one after the other.
 pub(crate) fn all(stage: &Stage) -> Result<()> {
-    // The client that this containerd's users have beside Kubernetes.
-    let variant =
-        small::build_variant(&stage.images.join("variant"), &stage.scene.tools.busybox, Amount::LITTLE, "two\n")?;
-    let registry = stage.scene.registry.as_ref().context("a private scene has a registry")?;
-    let other = registry.push(&stage.scene.network, &variant, "test/variant", "1")?;
-    stage.scene.ingest(&other)?;
-
     two_namespaces(stage).context("two namespaces")?;
-    shared_layers(stage, &variant, &other).context("two images that share layers")?;
-    racing_pulls(stage, &other).context("pulls that race")?;
+    shared_layers(stage).context("two images that share layers")?;
+    racing_pulls(stage).context("pulls that race")?;
     half_pulled(stage).context("an image that was half pulled with overlayfs")?;
     only_in_overlayfs(stage).context("an image that is in overlayfs only")?;
     a_build_step(stage).context("a snapshot that is committed")?;
-    pods::all(stage, &other).context("pods")
+    pods::all(stage).context("pods")
 }
 
 /// An image in two namespaces: each has its own, and one keeps working when it goes from the other.
@@ -59,9 +50,9 @@ fn two_namespaces(stage: &Stage) -> Result<()> {
 }
 
 /// Removing one image leaves the layers that the other one needs.
-fn shared_layers(stage: &Stage, variant: &Image, other: &str) -> Result<()> {
-    let reference = stage.reference.as_str();
-    ensure!(variant.layers[1].digest == stage.image.layers[1].digest, "the images share no layer");
+fn shared_layers(stage: &Stage) -> Result<()> {
+    let (reference, other) = (stage.reference.as_str(), stage.other.as_str());
+    ensure!(stage.variant.layers[1].digest == stage.image.layers[1].digest, "the images share no layer");
     let client = client(stage, "shared")?;
     client.pull(reference)?;
     client.pull(other)?;
@@ -79,8 +70,9 @@ fn shared_layers(stage: &Stage, variant: &Image, other: &str) -> Result<()> {
 }
 
 /// Four pulls at once of the same lower layers: two images, two namespaces.
-fn racing_pulls(stage: &Stage, other: &str) -> Result<()> {
+fn racing_pulls(stage: &Stage) -> Result<()> {
     let clients = [client(stage, "one")?, client(stage, "two")?];
+    let other = stage.other.as_str();
     let references = [stage.reference.as_str(), other];
     let mut pulls = Vec::new();
     for client in &clients {
@@ -114,7 +106,7 @@ fn half_pulled(stage: &Stage) -> Result<()> {
     let hosts = containerd.hosts().display().to_string();
     let mut pull = client.ctr(&["image", "pull", "--hosts-dir", &hosts, reference]);
     let mut pull = pull.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn()?;
-    let some = stage.image.compressed_size() / 4;
+    let some = stage.image.compressed_size() / 16;
     let arrived = wait_for("a part of the image", Duration::from_secs(60), || containerd.content_bytes() > some);
     pull.kill().context("cannot stop the pull")?;
     pull.wait()?;
@@ -148,7 +140,7 @@ fn only_in_overlayfs(stage: &Stage) -> Result<()> {
         if way == Way::Cri {
             // CRI sees images that came by another client when it is told of them, a moment later.
             let known = || run(&mut client.ctr(&["image", "ls"])).is_ok_and(|list| list.contains("io.cri-containerd"));
-            wait_for("CRI knows the image", Duration::from_secs(30), known)?;
+            wait_for("CRI knows the image", Duration::from_secs(60), known)?;
         }
         let container = client.start(reference, "unpacked-here").with_context(|| way.name())?;
         let printed = client.exec(&container, &["cat", "/etc/replaced"])?;
@@ -202,7 +194,7 @@ fn client<'a>(stage: &'a Stage, namespace: &str) -> Result<Client<'a>> {
 }
 
 fn spawn(client: &Client<'_>, reference: &str) -> Result<Child> {
-    let mut pull = client.pulling(reference);
+    let mut pull = client.pulling(reference)?;
     pull.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     pull.spawn().context("cannot start a pull")
 }

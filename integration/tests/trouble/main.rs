@@ -1,6 +1,8 @@
 //! What goes wrong in practice: broken images, a registry that lies, damaged files, wrong configurations. Each gives one clear
 //! error, nothing else is harmed, and a retry works once the cause is gone. Real programs; needs root.
 
+mod disk;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,7 +22,7 @@ use sha2::{Digest as _, Sha256};
 
 const PATH: &str = "/usr/local/bin:/bin";
 /// How soon a program must say that it cannot start.
-const START_DEADLINE: Duration = Duration::from_secs(30);
+const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A layer that cannot be lazy, and what becomes of a pull.
 struct Broken {

@@ -1,0 +1,138 @@
+//! A node's disk is full: containers go on, what was committed stays, a pull says what is wrong, and all is well again once there
+//! is space.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::client::{Client, Container, Way};
+use lab::disk::Disk;
+use lab::drover::ordinary_layers;
+use lab::image::small::{self, Amount};
+use lab::process::{run, wait_for};
+use lab::sandbox::run_test;
+use lab::scene::{Node, NodeSetup, Scene};
+use lab::tools::Tools;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use snapshotter::keeper;
+
+use crate::push;
+
+/// Enough for one image of [`Amount::LITTLE`] with all that belongs to it, and for its containers.
+const DISK: u64 = 96 << 20;
+
+/// What is free of a full disk: what a file system does not give to its last writer.
+const NOTHING: u64 = 64 << 10;
+
+/// Reads every file of the image.
+const SUMS: &str = "find /etc /srv -type f | sort | xargs cat | sha256sum";
+
+#[test]
+fn a_full_disk_stops_no_container() {
+    run_test("disk::a_full_disk_stops_no_container", |run_of| {
+        let disk = match Disk::mount(&run_of.folder().join("disk"), DISK) {
+            Ok(disk) => disk,
+            Err(error) => {
+                println!("skipped: this machine has no small disk: {error:#}");
+                return Ok(());
+            }
+        };
+        let tools = Tools::prepare(&|_| {})?;
+        let images = run_of.folder().join("images");
+        let one = small::build_amount(&images.join("one"), &tools.busybox, Amount::LITTLE)?;
+        // Another large file: nothing but the lowest layer is the same.
+        let amount = Amount { large_file: 3 << 20, ..Amount::LITTLE };
+        let two = small::build_amount(&images.join("two"), &tools.busybox, amount)?;
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let (one, two) = (push(&scene, &one, "test/one")?, push(&scene, &two, "test/two")?);
+        scene.start_seeder(true)?;
+        for reference in [&one, &two] {
+            scene.ingest(reference)?;
+        }
+        let expected = {
+            let plain = scene.plain_node()?;
+            plain.containerd().pull(&scene.network, "overlayfs", &one)?;
+            plain.containerd().output_of(&scene.network, "overlayfs", &one, "c1", &["sh", "-c", SUMS])?
+        };
+
+        let extra = "[fill]\nenabled = false\n";
+        let node = scene.drover_node_as(&NodeSetup { extra, disk: Some(&disk), ..NodeSetup::default() })?;
+        let client = Client::new(Way::Ctr, &scene, &node)?;
+        client.pull(&one)?;
+        let container = client.start(&one, "first")?;
+        let committed = snapshots(&client)?;
+
+        let hog = disk.fill()?;
+        wait_for("the disk is full", Duration::from_secs(60), || disk.free().is_ok_and(|free| free < NOTHING))?;
+        reads(&client, &container, &expected).context("while the disk is full")?;
+        // Somebody else's image: it comes, or the client is told why it does not.
+        match client.pull(&two).and_then(|()| client.start(&two, "second")) {
+            Ok(second) => {
+                println!("the second image came although the disk is full");
+                client.remove(second)?;
+            }
+            Err(error) => {
+                let text = format!("{error:#}");
+                println!("{text}");
+                ensure!(text.to_lowercase().contains("no space left"), "the client is told: {text}");
+            }
+        }
+        restart_daemon(&node).context("with a full disk")?;
+        reads(&client, &container, &expected).context("after a restart with a full disk")?;
+        let left = snapshots(&client)?;
+        let lost: Vec<_> = committed.iter().filter(|name| !left.contains(name)).collect();
+        ensure!(lost.is_empty(), "these snapshots were lost: {lost:?}");
+
+        hog.end()?;
+        let lazy = || -> Result<bool> {
+            client.pull(&two)?;
+            Ok(ordinary_layers(&node.snapshotter()?.status()?).is_empty())
+        };
+        let mut last = Ok(false);
+        wait_for("the second image is lazy", Duration::from_secs(60), || {
+            last = lazy();
+            let is_lazy = matches!(last, Ok(true));
+            if !is_lazy {
+                // What was declined stays unpacked until it is removed.
+                let _ = client.remove_image(&two);
+            }
+            is_lazy
+        })
+        .with_context(|| {
+            format!("{last:?}\n{}", node.snapshotter().and_then(|s| s.status_text()).unwrap_or_default())
+        })?;
+        let second = client.start(&two, "again")?;
+        let printed = client.exec(&second, &["cat", "/etc/replaced"])?;
+        ensure!(printed == "after\n", "the second image's container printed {printed:?}");
+        reads(&client, &container, &expected).context("when there is space again")?;
+        client.remove(second)?;
+        client.remove(container)
+    });
+}
+
+fn reads(client: &Client<'_>, container: &Container, expected: &str) -> Result<()> {
+    // Else the kernel gives what it has in memory.
+    lab::scene::drop_caches();
+    let printed = client.exec(container, &["sh", "-c", SUMS])?;
+    ensure!(printed == expected, "the container's files have the digest {printed:?} instead of {expected:?}");
+    Ok(())
+}
+
+/// Kills the daemon and waits until its keeper has started another one.
+fn restart_daemon(node: &Node) -> Result<()> {
+    let snapshotter = node.snapshotter()?;
+    let runtime = snapshotter.socket().parent().context("the socket has no folder")?;
+    let before = keeper::status(runtime)?;
+    let daemon = before.daemon.context("no daemon")?;
+    kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+    let changed = || keeper::status(runtime).is_ok_and(|now| now.ready && now.daemon != before.daemon);
+    wait_for("the keeper starts another daemon", Duration::from_secs(60), changed)
+        .with_context(|| fs::read_to_string(snapshotter.daemon().log()).unwrap_or_default())
+}
+
+fn snapshots(client: &Client<'_>) -> Result<Vec<String>> {
+    let list = run(&mut client.ctr(&["snapshot", "--snapshotter", "drover", "ls"]))?;
+    let committed = list.lines().filter(|line| line.ends_with("Committed"));
+    Ok(committed.filter_map(|line| line.split_whitespace().next().map(str::to_owned)).collect())
+}
