@@ -12,6 +12,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "containerd/version.proto",
             "containerd/introspection.proto",
             "drover/control.proto",
+            "drover/enrol.proto",
             "drover/node.proto",
         ],
         ["proto"],

@@ -27,34 +27,39 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the snapshotter may take to say its status.
 const STATUS_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Certificates of a cluster, as `drover-seeder ca` issues them.
+/// A cluster's authority. The seeder has a certificate that was issued by hand, the node gets its own with a token.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     folder: PathBuf,
 }
 
 impl Cluster {
-    /// Makes an authority in `folder` and certificates for the seeder and the node of `network`.
+    /// Makes an authority in `folder`, a certificate for the seeder of `network` and a token for its node.
     pub fn create(tools: &Tools, network: &Network, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         run(Command::new(&tools.seeder).args(["ca", "init", "--dir"]).arg(folder))?;
-        for (role, place) in [("seeder", Place::Seeder), ("node", Place::Node)] {
-            let address = network.address(place).to_string();
-            let mut issue = Command::new(&tools.seeder);
-            issue.args(["ca", "issue", "--dir"]).arg(folder).args(["--role", role, "--address", &address, role]);
-            run(&mut issue)?;
-        }
+        let address = network.address(Place::Seeder).to_string();
+        let mut issue = Command::new(&tools.seeder);
+        issue.args(["ca", "issue", "--dir"]).arg(folder).args(["--role", "seeder", "--address", &address, "seeder"]);
+        run(&mut issue)?;
+        let token = run(Command::new(&tools.seeder).args(["ca", "token", "--dir"]).arg(folder))?;
+        fs::write(folder.join("token"), token).context("cannot write the token")?;
         Ok(Self { folder: folder.to_owned() })
     }
 
-    fn security(&self, name: &str) -> String {
-        let file = |extension: &str| self.folder.join(format!("{name}.{extension}")).display().to_string();
+    fn of_seeder(&self) -> String {
+        let file = |name: &str| self.folder.join(name).display().to_string();
         format!(
-            "[security]\nmode = \"mtls\"\nca = \"{}\"\ncertificate = \"{}\"\nkey = \"{}\"\n",
-            self.folder.join("ca.crt").display(),
-            file("crt"),
-            file("key")
+            "[security]\nmode = \"mtls\"\nca = \"{}\"\ncertificate = \"{}\"\nkey = \"{}\"\n[enrol]\nauthority = \"{}\"\n",
+            file("ca.crt"),
+            file("seeder.crt"),
+            file("seeder.key"),
+            self.folder.display()
         )
+    }
+
+    fn of_node(&self) -> String {
+        format!("[security]\nmode = \"enrol\"\ntoken = \"{}\"\n", self.folder.join("token").display())
     }
 }
 
@@ -79,7 +84,7 @@ impl Seeder {
         let address = format!("{}:{PORT}", network.address(Place::Seeder));
         let config = folder.join("seeder.toml");
         let mut text = format!("listen = \"{address}\"\nroot = \"{}\"\n", folder.join("store").display());
-        text.push_str(&cluster.security("seeder"));
+        text.push_str(&cluster.of_seeder());
         text.push_str(&registry_entry(plain_registry));
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = network.command(Place::Seeder, &tools.seeder);
@@ -144,7 +149,7 @@ impl Snapshotter {
         }
         text.push_str(&format!("[containerd]\nsocket = \"{}\"\n", containerd.display()));
         text.push_str(&format!("[seeder]\naddresses = [\"{seeder}\"]\n"));
-        text.push_str(&cluster.security("node"));
+        text.push_str(&cluster.of_node());
         text.push_str(&registry_entry(plain_registry));
         text.push_str(extra);
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;

@@ -338,7 +338,7 @@ impl Certificates {
             addresses: addresses.iter().map(|address| (*address).to_owned()).collect(),
             validity: Duration::from_secs(3600),
         };
-        Ok(ca::issue(self.folder.path(), self.folder.path(), &options)?)
+        Ok(ca::issue(self.folder.path(), self.folder.path(), &options, false)?)
     }
 
     /// TLS for a registry that wants certificates of this authority.

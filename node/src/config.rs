@@ -69,6 +69,16 @@ pub enum SecurityConfig {
     Off,
     /// TLS 1.3 with certificates on both ends and signed indexes.
     Mtls(MtlsConfig),
+    /// The same with a certificate that the machine gets and renews by itself.
+    Enrol(EnrolConfig),
+}
+
+/// Settings of [`SecurityConfig::Enrol`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EnrolConfig {
+    /// File with the token that a seeder gives the first certificate for.
+    pub token: PathBuf,
 }
 
 /// The files of [`SecurityConfig::Mtls`], all PEM.
@@ -91,7 +101,7 @@ impl<'de> Deserialize<'de> for SecurityConfig {
             type Value = SecurityConfig;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"off\", or a table with mode, ca, certificate and key")
+                f.write_str("\"off\", or a table with mode and what it needs")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<SecurityConfig, E> {
@@ -103,15 +113,22 @@ impl<'de> Deserialize<'de> for SecurityConfig {
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<SecurityConfig, A::Error> {
                 let table = SecurityTable::deserialize(MapAccessDeserializer::new(map))?;
+                let SecurityTable { mode, ca, certificate, key, token } = table;
                 let named = |key: &'static str, value: Option<PathBuf>| {
-                    value.ok_or_else(|| de::Error::custom(format!("security.{key} is missing (mode is \"mtls\")")))
+                    value.ok_or_else(|| de::Error::custom(format!("security.{key} is missing (mode is \"{mode}\")")))
                 };
-                match table.mode {
+                let keys = [("ca", &ca), ("certificate", &certificate), ("key", &key), ("token", &token)];
+                let needless = keys.iter().find(|(key, value)| value.is_some() && !mode.keys().contains(key));
+                if let Some((key, _)) = needless {
+                    return Err(de::Error::custom(format!("security.{key} has no meaning where mode is \"{mode}\"")));
+                }
+                match mode {
                     SecurityMode::Mtls => Ok(SecurityConfig::Mtls(MtlsConfig {
-                        ca: named("ca", table.ca)?,
-                        certificate: named("certificate", table.certificate)?,
-                        key: named("key", table.key)?,
+                        ca: named("ca", ca)?,
+                        certificate: named("certificate", certificate)?,
+                        key: named("key", key)?,
                     })),
+                    SecurityMode::Enrol => Ok(SecurityConfig::Enrol(EnrolConfig { token: named("token", token)? })),
                     SecurityMode::Off => Ok(SecurityConfig::Off),
                 }
             }
@@ -128,13 +145,36 @@ struct SecurityTable {
     ca: Option<PathBuf>,
     certificate: Option<PathBuf>,
     key: Option<PathBuf>,
+    token: Option<PathBuf>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum SecurityMode {
     Mtls,
+    Enrol,
     Off,
+}
+
+impl SecurityMode {
+    /// The other keys that it needs.
+    const fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Mtls => &["ca", "certificate", "key"],
+            Self::Enrol => &["token"],
+            Self::Off => &[],
+        }
+    }
+}
+
+impl fmt::Display for SecurityMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mtls => "mtls",
+            Self::Enrol => "enrol",
+            Self::Off => "off",
+        })
+    }
 }
 
 /// Registries: where `hosts.toml` files are looked for, and a table for each that needs more than HTTPS with the system's
@@ -364,6 +404,8 @@ mod tests {
         let mtls = parse("[security]\nmode = \"mtls\"\nca = \"a\"\ncertificate = \"b\"\nkey = \"c\"").unwrap().security;
         let files = MtlsConfig { ca: "a".into(), certificate: "b".into(), key: "c".into() };
         assert_eq!(mtls, SecurityConfig::Mtls(files));
+        let enrol = parse("[security]\nmode = \"enrol\"\ntoken = \"t\"").unwrap().security;
+        assert_eq!(enrol, SecurityConfig::Enrol(EnrolConfig { token: "t".into() }));
     }
 
     #[test]
@@ -375,6 +417,8 @@ mod tests {
         named("limit = \"1MiB\"", "security");
         named("security = \"on\"", "on");
         named("[security]\nmode = \"mtls\"\nca = \"a\"\nkey = \"c\"", "security.certificate");
+        named("[security]\nmode = \"enrol\"", "security.token");
+        named("[security]\nmode = \"enrol\"\ntoken = \"t\"\nkey = \"k\"", "security.key");
         named("security = \"off\"\nlimits = 3", "limits");
         named("security = \"off\"\nseeders = [\"host\"]", "host:port");
         named("security = \"off\"\n[registries.\"r:5000\"]\nplain = true", "plain");

@@ -505,6 +505,25 @@ impl Ingester {
         published.await.map_err(|error| Ended::store(blob, &error))
     }
 
+    /// The signature of a known layer, of today's certificate.
+    fn signed(&self, known: &Known) -> Arc<Signed> {
+        let signed = known.signed();
+        match &self.shared.signer {
+            Some(signer) if !signer.made(&signed) => match signer.sign(&statement(known.header())) {
+                Ok(anew) => {
+                    // On disk it is replaced when the layer is loaded the next time.
+                    known.sign_again(anew);
+                    known.signed()
+                }
+                Err(error) => {
+                    tracing::warn!(%error, blob = %known.header().blob(), "cannot sign an index with the new key");
+                    signed
+                }
+            },
+            _ => signed,
+        }
+    }
+
     /// Sends the blob's bytes from `start` on.
     async fn download(
         &self,

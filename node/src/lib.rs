@@ -5,6 +5,7 @@ pub mod config;
 pub mod counters;
 mod cutter;
 mod driver;
+pub mod enrol;
 mod evict;
 mod fill;
 pub mod ingest;

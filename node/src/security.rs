@@ -1,23 +1,23 @@
 //! Who may talk to whom, and whose indexes are believed (`docs/security.md`).
 //!
-//! A cluster has one certificate authority ([`ca`]). Each machine holds a certificate of it that names the machine's
+//! A cluster has one certificate authority ([`ca`]). Each machine holds a certificate of it ([`identity`]) that names the machine's
 //! [`Role`]; connections are TLS 1.3 with certificates on both ends ([`tls`]), and indexes are signed by a seeder's
 //! key ([`signature`]). With `security = "off"` there is neither.
 
 pub mod ca;
+pub mod identity;
 pub mod signature;
 pub mod tls;
+pub mod token;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::RootCertStore;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-
 use crate::config::{MtlsConfig, SecurityConfig};
+pub use identity::Identity;
 pub use signature::{Signed, Signer, TrustError, Verifier};
+pub use token::TokenError;
 
 /// What a machine is to the cluster. A certificate names exactly one role, as the URI `drover://ROLE/NAME` among its
 /// subject alternative names.
@@ -40,12 +40,18 @@ impl Role {
 
     /// The role that a certificate names; `None` where it names none or more than one.
     pub fn of(certificate: &webpki::EndEntityCert<'_>) -> Option<Self> {
+        Self::and_name(certificate).map(|(role, _)| role)
+    }
+
+    /// The same with the machine's name.
+    pub fn and_name(certificate: &webpki::EndEntityCert<'_>) -> Option<(Self, String)> {
         let mut roles = certificate.valid_uri_names().filter_map(|uri| uri.strip_prefix("drover://"));
         let (role, name) = roles.next()?.split_once('/')?;
         if name.is_empty() || roles.next().is_some() {
             return None;
         }
-        [Self::Seeder, Self::Node].into_iter().find(|known| known.as_str() == role)
+        let role = [Self::Seeder, Self::Node].into_iter().find(|known| known.as_str() == role)?;
+        Some((role, name.to_owned()))
     }
 }
 
@@ -92,6 +98,19 @@ pub enum SecurityError {
         /// The role that the daemon needs.
         want: Role,
     },
+    /// Only nodes enrol.
+    #[error(
+        "a {0} does not enrol: issue its certificate with `drover-seeder ca issue` and name it (security.mode = \"mtls\")"
+    )]
+    CannotEnrol(Role),
+    /// The folder for certificates cannot be made.
+    #[error("cannot make {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The TLS library refuses them (key and certificate do not match, unusable authority).
     #[error("cannot use the certificate {path}: {reason}")]
     Unusable {
@@ -111,17 +130,10 @@ pub enum Security {
     Mutual(Arc<Identity>),
 }
 
-/// A machine's certificate and key, and the authorities that it believes.
-pub struct Identity {
-    role: Role,
-    roots: Arc<RootCertStore>,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-}
-
 impl Security {
-    /// Loads what `config` names for a daemon of `role`. Says it loudly when there is no security.
-    pub fn load(config: &SecurityConfig, role: Role) -> Result<Self, SecurityError> {
+    /// Loads what `config` names for a daemon of `role`. Says it loudly when there is no security. A node that enrols keeps its
+    /// certificate in a folder of `root`; it may have none yet.
+    pub fn load(config: &SecurityConfig, role: Role, root: &Path) -> Result<Self, SecurityError> {
         match config {
             SecurityConfig::Off => {
                 tracing::warn!(
@@ -131,6 +143,14 @@ impl Security {
                 Ok(Self::Off)
             }
             SecurityConfig::Mtls(files) => Identity::load(files, role).map(|identity| Self::Mutual(Arc::new(identity))),
+            SecurityConfig::Enrol(_) if role != Role::Node => Err(SecurityError::CannotEnrol(role)),
+            SecurityConfig::Enrol(_) => {
+                let (folder, own) = (root.join("identity"), root.join("identity").join("node.pem"));
+                std::fs::create_dir_all(&folder)
+                    .map_err(|source| SecurityError::Folder { path: folder.clone(), source })?;
+                let files = MtlsConfig { ca: folder.join("ca.pem"), certificate: own.clone(), key: own };
+                Ok(Self::Mutual(Arc::new(Identity::enrolled(files, role))))
+            }
         }
     }
 
@@ -143,7 +163,7 @@ impl Security {
     pub fn verifier(&self) -> Verifier {
         match self {
             Self::Off => Verifier::off(),
-            Self::Mutual(identity) => Verifier::new(Arc::clone(&identity.roots)),
+            Self::Mutual(identity) => Verifier::new(Arc::clone(identity)),
         }
     }
 
@@ -151,7 +171,7 @@ impl Security {
     pub fn signer(&self) -> Result<Option<Signer>, TrustError> {
         match self {
             Self::Off => Ok(None),
-            Self::Mutual(identity) => Signer::new(identity).map(Some),
+            Self::Mutual(identity) => Signer::new(Arc::clone(identity)).map(Some),
         }
     }
 }
@@ -160,49 +180,9 @@ impl fmt::Debug for Security {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Off => f.write_str("Off"),
-            Self::Mutual(identity) => write!(f, "Mutual({})", identity.role),
+            Self::Mutual(identity) => write!(f, "Mutual({})", identity.role()),
         }
     }
-}
-
-impl Identity {
-    fn load(files: &MtlsConfig, want: Role) -> Result<Self, SecurityError> {
-        let unusable = |reason: String| SecurityError::Unusable { path: files.certificate.clone(), reason };
-        let mut roots = RootCertStore::empty();
-        for authority in certificates("certificates of the authority", &files.ca)? {
-            roots
-                .add(authority)
-                .map_err(|error| SecurityError::Unusable { path: files.ca.clone(), reason: error.to_string() })?;
-        }
-        let chain = certificates("the certificate", &files.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| SecurityError::Read {
-            what: "the private key",
-            path: files.key.clone(),
-            reason: error.to_string(),
-        })?;
-        let leaf = chain.first().ok_or_else(|| unusable("it is empty".to_owned()))?;
-        let have = webpki::EndEntityCert::try_from(leaf)
-            .map_err(|error| unusable(error.to_string()))
-            .map(|leaf| Role::of(&leaf))?
-            .ok_or_else(|| SecurityError::Role(files.certificate.clone()))?;
-        if have != want {
-            return Err(SecurityError::WrongRole { path: files.certificate.clone(), have, want });
-        }
-        let identity = Self { role: have, roots: Arc::new(roots), chain, key };
-        tls::check(&identity).map_err(unusable)?;
-        Ok(identity)
-    }
-}
-
-fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, SecurityError> {
-    let read = |reason: String| SecurityError::Read { what, path: path.to_owned(), reason };
-    let found = CertificateDer::pem_file_iter(path)
-        .and_then(|certificates| certificates.collect::<Result<Vec<_>, _>>())
-        .map_err(|error| read(error.to_string()))?;
-    if found.is_empty() {
-        return Err(read("no PEM certificate in it".to_owned()));
-    }
-    Ok(found)
 }
 
 #[cfg(test)]
@@ -221,6 +201,11 @@ pub(crate) mod tests {
             Self { directory }
         }
 
+        /// The authority's directory.
+        pub(crate) fn path(&self) -> &Path {
+            self.directory.path()
+        }
+
         pub(crate) fn config(&self, role: Role, name: &str) -> MtlsConfig {
             let path = self.directory.path();
             let issued = ca::issue(
@@ -232,13 +217,14 @@ pub(crate) mod tests {
                     addresses: vec!["127.0.0.1".to_owned(), "localhost".to_owned()],
                     validity: ca::CERTIFICATE_VALIDITY,
                 },
+                true,
             )
             .unwrap();
             MtlsConfig { ca: path.join(ca::AUTHORITY_CERTIFICATE), certificate: issued.certificate, key: issued.key }
         }
 
         pub(crate) fn security(&self, role: Role, name: &str) -> Security {
-            Security::load(&SecurityConfig::Mtls(self.config(role, name)), role).unwrap()
+            Security::load(&SecurityConfig::Mtls(self.config(role, name)), role, self.directory.path()).unwrap()
         }
     }
 
@@ -247,10 +233,10 @@ pub(crate) mod tests {
         let cluster = TestCluster::new();
         let node = SecurityConfig::Mtls(cluster.config(Role::Node, "n1"));
         assert!(matches!(
-            Security::load(&node, Role::Seeder),
+            Security::load(&node, Role::Seeder, cluster.directory.path()),
             Err(SecurityError::WrongRole { have: Role::Node, want: Role::Seeder, .. })
         ));
-        assert!(Security::load(&node, Role::Node).unwrap().is_mutual());
+        assert!(Security::load(&node, Role::Node, cluster.directory.path()).unwrap().is_mutual());
     }
 
     #[test]
@@ -258,7 +244,7 @@ pub(crate) mod tests {
         let cluster = TestCluster::new();
         let mut config = cluster.config(Role::Node, "n1");
         config.key = cluster.config(Role::Node, "n2").key;
-        let error = Security::load(&SecurityConfig::Mtls(config), Role::Node).unwrap_err();
+        let error = Security::load(&SecurityConfig::Mtls(config), Role::Node, cluster.directory.path()).unwrap_err();
         assert!(matches!(error, SecurityError::Unusable { .. }), "{error}");
     }
 
@@ -271,6 +257,7 @@ pub(crate) mod tests {
             key: cluster.directory.path().join(ca::AUTHORITY_KEY),
             ca: config.ca,
         };
-        assert!(matches!(Security::load(&SecurityConfig::Mtls(ca), Role::Node), Err(SecurityError::Role(_))));
+        let loaded = Security::load(&SecurityConfig::Mtls(ca), Role::Node, cluster.directory.path());
+        assert!(matches!(loaded, Err(SecurityError::Role(_))));
     }
 }

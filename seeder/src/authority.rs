@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Subcommand;
-use node::security::{Role, ca};
+use node::security::{Role, ca, token};
 
 /// Commands on the authority.
 #[derive(Subcommand)]
@@ -39,8 +39,38 @@ pub(crate) enum CaCommand {
         /// Directory for the files; the authority's own where it is left out.
         #[arg(long)]
         out: Option<PathBuf>,
+        /// Replace the files of an earlier certificate. Daemons take the new one by themselves.
+        #[arg(long)]
+        replace: bool,
         /// The machine's name.
         name: String,
+    },
+    /// Make a token, with which nodes get certificates from a seeder that has this authority (enrol.authority).
+    Token {
+        /// Directory of the authority.
+        #[arg(long)]
+        dir: PathBuf,
+        /// How long nodes can be enrolled with it, like "1h". Removing its file in the folder "tokens" ends it at once.
+        #[arg(long, default_value = "1day", value_parser = humantime)]
+        lifetime: Duration,
+        /// How long the nodes' certificates are valid; nodes renew them after two thirds of that.
+        #[arg(long, default_value = "30days", value_parser = humantime)]
+        validity: Duration,
+    },
+    /// Begin to replace the authority: from now on a new key issues certificates, and both authorities are believed.
+    Rotate {
+        /// Directory of the authority.
+        #[arg(long)]
+        dir: PathBuf,
+        /// How long the new one is valid.
+        #[arg(long, default_value = "10y", value_parser = humantime)]
+        validity: Duration,
+    },
+    /// End the replacement: the old authority is not believed any more, once its machines have renewed.
+    Retire {
+        /// Directory of the authority.
+        #[arg(long)]
+        dir: PathBuf,
     },
 }
 
@@ -51,14 +81,17 @@ pub(crate) fn run(command: CaCommand) -> anyhow::Result<()> {
             ca::init(&dir, &ca::AuthorityOptions { name, validity })?;
             println!("{}", dir.join(ca::AUTHORITY_CERTIFICATE).display());
         }
-        CaCommand::Issue { dir, role, address, validity, out, name } => {
+        CaCommand::Issue { dir, role, address, validity, out, replace, name } => {
             if role == Role::Seeder && address.is_empty() {
                 anyhow::bail!("a seeder's certificate needs at least one --address: what nodes connect to");
             }
             let options = ca::CertificateOptions { role, name, addresses: address, validity };
-            let issued = ca::issue(&dir, out.as_deref().unwrap_or(&dir), &options)?;
+            let issued = ca::issue(&dir, out.as_deref().unwrap_or(&dir), &options, replace)?;
             println!("{}\n{}", issued.certificate.display(), issued.key.display());
         }
+        CaCommand::Token { dir, lifetime, validity } => println!("{}", token::create(&dir, lifetime, validity)?),
+        CaCommand::Rotate { dir, validity } => ca::rotate(&dir, validity)?,
+        CaCommand::Retire { dir } => ca::retire(&dir)?,
     }
     Ok(())
 }

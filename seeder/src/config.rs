@@ -18,6 +18,9 @@ pub(crate) struct Config {
     pub(crate) listen: String,
     /// How nodes and seeder trust each other; there is no default.
     pub(crate) security: SecurityConfig,
+    /// Certificates for nodes.
+    #[serde(default)]
+    pub(crate) enrol: EnrolConfig,
     /// Registries that need more than HTTPS.
     #[serde(default)]
     pub(crate) registry: RegistriesConfig,
@@ -29,6 +32,15 @@ pub(crate) struct Config {
     pub(crate) limits: Limits,
     /// Level of the log, or a filter like `info,node::registry=debug`. `DROVER_LOG` overrides it.
     pub(crate) log: Option<String>,
+}
+
+/// Certificates for nodes.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct EnrolConfig {
+    /// Directory of the cluster's authority. Where it is named, this seeder gives certificates to nodes that show a token, and
+    /// renews them.
+    pub(crate) authority: Option<PathBuf>,
 }
 
 /// Bounds; the defaults fit a seeder of a thousand nodes.

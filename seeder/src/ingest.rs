@@ -51,7 +51,7 @@ pub(crate) fn run(config: Config, args: &IngestArgs) -> anyhow::Result<()> {
 async fn ingest(config: Config, args: &IngestArgs) -> anyhow::Result<()> {
     let engine = match Store::open(&config.root) {
         Ok(store) => {
-            let signer = Security::load(&config.security, Role::Seeder)?.signer()?;
+            let signer = Security::load(&config.security, Role::Seeder, &config.root)?.signer()?;
             Engine::Own(Ingester::new(store, config.registry(), signer, config.ingest())?)
         }
         // Waiting for a turn is silent for as long as other ingests take, but the daemon tells that it lives.

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use axum::Router;
+use node::enrol;
 use node::ingest::store::Store;
 use node::ingest::{Ingester, control};
+use node::security::ca::Authority;
 use node::security::{Role, Security};
 use node::serve::{self, Listener};
 use sd_notify::NotifyState;
@@ -25,7 +28,7 @@ pub(crate) fn run(config: Config) -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let security = Security::load(&config.security, Role::Seeder)?;
+    let security = Security::load(&config.security, Role::Seeder, &config.root)?;
     let store = Store::open(&config.root)?;
     let known = store.layers().context("cannot list the layers of the store")?.len();
     let ingester = Ingester::new(store, config.registry(), security.signer()?, config.ingest())
@@ -33,9 +36,15 @@ async fn serve(config: Config) -> anyhow::Result<()> {
 
     let router = serve::router(Arc::new(ingester.clone()), config.limits.transfers());
     let router = control::route(router, ingester.clone());
-    let listener = Listener::bind(&config.listen, &security, config.limits.listener())
+    let mut listener = Listener::bind(&config.listen, &security, config.limits.listener())
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
+    let mut router = router;
+    if let Some(directory) = &config.enrol.authority {
+        Authority::open(directory).context("cannot enrol nodes (enrol.authority)")?;
+        router = enrol::server::route(router, directory.clone());
+        listener = listener.with_enrolment(&security, enrol::server::route(Router::new(), directory.clone()))?;
+    }
     let address = listener.local_addr()?;
     let stop = CancellationToken::new();
     let served = tokio::spawn(listener.serve(router.clone(), stop.clone()));

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use node::config::SecurityConfig;
 use node::resolve::Resolver;
 use node::security::{Role, Security};
-use node::{Node, NodeConfig};
+use node::{Node, NodeConfig, enrol, seeder};
 use proto::drover::node::v1::node_server::NodeServer;
 use tokio::runtime::{Builder, Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -83,9 +84,11 @@ pub async fn serve(
         },
     )
     .context("cannot serve the FUSE mount")?;
+    let security = Security::load(&config.security, Role::Node, &config.root).context("cannot set up security")?;
+    enrol(config, &security);
     let layers = {
         let (node, config, program) = (node.clone(), config.clone(), handed.program);
-        tokio::task::spawn_blocking(move || open(node, &config, program, handed.adopted))
+        tokio::task::spawn_blocking(move || open(node, &config, &security, program, handed.adopted))
             .await
             .context("opening panicked")??
     };
@@ -143,15 +146,28 @@ pub async fn serve(
 /// sequential reader, but they are neighbouring files. With 1 MiB the first output of the demonstration took a quarter more bytes.
 const READ_AHEAD: u64 = 128 << 10;
 
-fn open(node: Arc<Node>, config: &Config, program: PathBuf, adopted: bool) -> anyhow::Result<ImageLayers> {
+/// Sees to this node's certificate, where the configuration says so.
+fn enrol(config: &Config, security: &Security) {
+    if let (SecurityConfig::Enrol(enrol), Security::Mutual(identity)) = (&config.security, security) {
+        let seeders = seeder::Client::new(&config.seeder.addresses, security.clone(), seeder::Options::default());
+        tokio::spawn(enrol::client::run(identity.clone(), seeders, enrol.token.clone()));
+    }
+}
+
+fn open(
+    node: Arc<Node>,
+    config: &Config,
+    security: &Security,
+    program: PathBuf,
+    adopted: bool,
+) -> anyhow::Result<ImageLayers> {
     let ability = Ability::probe(&config.root);
     let mounts = Arc::new(LayerMounts::open(node.clone(), &config.root, config.devices(), program, adopted)?);
     let store = Arc::new(
         Store::open(&config.root, mounts.clone())
             .with_context(|| format!("cannot open the snapshots below {}", config.root.display()))?,
     );
-    let security = Security::load(&config.security, Role::Node).context("cannot set up security")?;
-    let resolver = Resolver::new(node.clone(), &config.seeder.addresses, &security, &config.registry);
+    let resolver = Resolver::new(node.clone(), &config.seeder.addresses, security, &config.registry);
     let containerd = Connection::new(&config.containerd.socket);
     let registries = config.registry.hosts.keys().cloned();
     Ok(ImageLayers {

@@ -115,7 +115,7 @@ async fn prepare_all(root: &Path) -> Duration {
     };
     let mounts = Arc::new(opened.await.expect("opens").expect("opens"));
     let store = Arc::new(Store::open(root, mounts.clone()).expect("opens"));
-    let security = Security::load(&SecurityConfig::Off, Role::Node).expect("is off");
+    let security = Security::load(&SecurityConfig::Off, Role::Node, root).expect("is off");
     let resolver = Resolver::new(node.clone(), &SeederAddresses::default(), &security, &RegistriesConfig::default());
     let containerd = Connection::new(&root.join("no-containerd.sock"));
     let layers = Arc::new(ImageLayers {

@@ -1,6 +1,7 @@
 //! The control service: what is known of a layer, and an ingest of what is not.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
@@ -11,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use super::{IngestFailure, Ingester, Phase};
 use crate::registry::Fault;
+use crate::security::Signed;
 use crate::source::BlobRef;
 
 /// Path of all of the service's methods, for the router.
@@ -52,13 +54,13 @@ impl Control for ControlService {
             urls: request.urls,
         };
         let phase = self.ingester.ask(&blob).await.map_err(|error| status(&error))?;
-        Ok(Response::new(events(phase)))
+        Ok(Response::new(events(phase, self.ingester.clone())))
     }
 }
 
 /// Progress until the end, then the end.
-fn events(phase: watch::Receiver<Phase>) -> Events {
-    stream::unfold((phase, true, false), |(mut phase, is_first, is_over)| async move {
+fn events(phase: watch::Receiver<Phase>, ingester: Ingester) -> Events {
+    stream::unfold((phase, ingester, true, false), |(mut phase, ingester, is_first, is_over)| async move {
         if is_over {
             return None;
         }
@@ -76,16 +78,19 @@ fn events(phase: watch::Receiver<Phase>) -> Events {
                 device_read: progress.device_read,
                 ahead_read: progress.ahead_read,
             })),
-            Phase::Ready(known) => Ok(resolve_event::Event::Ready(Ready {
-                header: known.header().encode().to_vec(),
-                signature: known.signed().signature.clone(),
-                certificates: known.signed().certificates.clone(),
-            })),
+            Phase::Ready(known) => {
+                let Signed { signature, certificates } = Arc::unwrap_or_clone(ingester.signed(known));
+                Ok(resolve_event::Event::Ready(Ready {
+                    header: known.header().encode().to_vec(),
+                    signature,
+                    certificates,
+                }))
+            }
             Phase::Unsupported(reason) => Ok(resolve_event::Event::Unsupported(Unsupported { reason: reason.clone() })),
             Phase::Failed(error) => Err(status(error)),
         };
         let is_over = !matches!(event, Ok(resolve_event::Event::Progress(_)));
-        Some((event.map(|event| ResolveEvent { event: Some(event) }), (phase, false, is_over)))
+        Some((event.map(|event| ResolveEvent { event: Some(event) }), (phase, ingester, false, is_over)))
     })
     .boxed()
 }

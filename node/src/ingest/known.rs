@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use layer::ChunkIndex;
 use layer::index::{Header, Section};
+use parking_lot::RwLock;
 
 use super::Shared;
 use super::frames::Frames;
@@ -19,7 +20,7 @@ use crate::security::Signed;
 #[derive(Debug)]
 pub struct Known {
     header: Header,
-    signed: Signed,
+    signed: RwLock<Arc<Signed>>,
     frames: Arc<Frames>,
     blob_path: PathBuf,
     section_paths: [PathBuf; 3],
@@ -33,7 +34,7 @@ impl Known {
             blob_path: store.blob_path(blob),
             section_paths: Section::ALL.map(|section| store.section_path(blob, section)),
             header,
-            signed,
+            signed: RwLock::new(Arc::new(signed)),
             frames,
             refills: Refills::default(),
         }
@@ -45,8 +46,12 @@ impl Known {
     }
 
     /// The header's signature.
-    pub const fn signed(&self) -> &Signed {
-        &self.signed
+    pub fn signed(&self) -> Arc<Signed> {
+        Arc::clone(&self.signed.read())
+    }
+
+    pub(super) fn sign_again(&self, signed: Signed) {
+        *self.signed.write() = Arc::new(signed);
     }
 
     /// The wire forms that are there.

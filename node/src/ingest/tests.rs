@@ -439,7 +439,7 @@ async fn a_damaged_header_is_noticed_and_a_new_key_signs_again() {
     let sign = async |security: &Security| {
         let ingester = ingester(directory.path(), &registry, security);
         let known = known(&ingester, &blob).await;
-        (statement(known.header()), known.signed().clone())
+        (statement(known.header()), Signed::clone(&known.signed()))
     };
     let unsigned = sign(&Security::Off).await.1;
     assert_eq!(unsigned, Signed::default());

@@ -3,8 +3,6 @@
 use std::sync::Arc;
 
 use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
-use rustls::RootCertStore;
 use rustls_pki_types::{CertificateDer, UnixTime};
 
 use super::{Identity, Role};
@@ -50,11 +48,10 @@ pub enum TrustError {
     Key(String),
 }
 
-/// Signs with a seeder's key.
+/// Signs with a seeder's key of today.
 pub struct Signer {
-    key: EcdsaKeyPair,
+    identity: Arc<Identity>,
     random: SystemRandom,
-    certificates: Vec<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Signer {
@@ -65,26 +62,29 @@ impl std::fmt::Debug for Signer {
 
 impl Signer {
     /// A signer with the key of `identity`, which must be a seeder's.
-    pub fn new(identity: &Identity) -> Result<Self, TrustError> {
-        if identity.role != Role::Seeder {
+    pub fn new(identity: Arc<Identity>) -> Result<Self, TrustError> {
+        if identity.role() != Role::Seeder {
             return Err(TrustError::Role);
         }
-        let key = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, identity.key.secret_der())
-            .map_err(|error| TrustError::Key(format!("want ECDSA P-256: {error}")))?;
-        let certificates = identity.chain.iter().map(|certificate| certificate.to_vec()).collect();
-        Ok(Self { key, random: SystemRandom::new(), certificates })
+        let signer = Self { identity, random: SystemRandom::new() };
+        signer.sign(b"")?;
+        Ok(signer)
     }
 
     /// Signs `statement`.
     pub fn sign(&self, statement: &[u8]) -> Result<Signed, TrustError> {
-        let signature =
-            self.key.sign(&self.random, statement).map_err(|_| TrustError::Key("signing failed".to_owned()))?;
-        Ok(Signed { signature: signature.as_ref().to_vec(), certificates: self.certificates.clone() })
+        let credentials = self.identity.credentials().map_err(|error| TrustError::Key(error.to_string()))?;
+        let key = credentials.signing.as_ref().ok_or_else(|| TrustError::Key("want ECDSA P-256".to_owned()))?;
+        let signature = key.sign(&self.random, statement).map_err(|_| TrustError::Key("signing failed".to_owned()))?;
+        let certificates = credentials.chain().iter().map(|certificate| certificate.to_vec()).collect();
+        Ok(Signed { signature: signature.as_ref().to_vec(), certificates })
     }
 
-    /// Whether `signed` names this signer's certificate.
+    /// Whether `signed` names the certificate that is used today.
     pub fn made(&self, signed: &Signed) -> bool {
-        signed.certificates == self.certificates
+        self.identity.credentials().is_ok_and(|credentials| {
+            signed.certificates.iter().map(Vec::as_slice).eq(credentials.chain().iter().map(AsRef::as_ref))
+        })
     }
 }
 
@@ -127,18 +127,18 @@ impl Signed {
 /// Checks signatures against the cluster's authority.
 #[derive(Clone, Debug)]
 pub struct Verifier {
-    roots: Option<Arc<RootCertStore>>,
+    identity: Option<Arc<Identity>>,
 }
 
 impl Verifier {
-    /// A verifier that believes the signers whom `roots` certify as seeders.
-    pub const fn new(roots: Arc<RootCertStore>) -> Self {
-        Self { roots: Some(roots) }
+    /// A verifier that believes the signers whom the authorities of `identity` certify as seeders.
+    pub const fn new(identity: Arc<Identity>) -> Self {
+        Self { identity: Some(identity) }
     }
 
     /// The verifier of a cluster without security: it believes everyone.
     pub const fn off() -> Self {
-        Self { roots: None }
+        Self { identity: None }
     }
 
     /// Checks that a seeder of the cluster signed `statement`. The chain must be valid now: this is for signatures
@@ -148,7 +148,7 @@ impl Verifier {
     }
 
     fn verify_at(&self, now: UnixTime, statement: &[u8], signed: &Signed) -> Result<(), TrustError> {
-        let Some(roots) = &self.roots else { return Ok(()) };
+        let Some(identity) = &self.identity else { return Ok(()) };
         if signed.signature.is_empty() {
             return Err(TrustError::Unsigned);
         }
@@ -161,11 +161,12 @@ impl Verifier {
         let chain: Vec<CertificateDer<'_>> =
             signed.certificates.iter().map(|certificate| CertificateDer::from(certificate.as_slice())).collect();
         let Some((leaf, intermediates)) = chain.split_first() else { return Err(TrustError::Unsigned) };
+        let credentials = identity.credentials().map_err(|error| TrustError::Chain(error.to_string()))?;
         let chain_error = |error: webpki::Error| TrustError::Chain(error.to_string());
         let leaf = webpki::EndEntityCert::try_from(leaf).map_err(chain_error)?;
         leaf.verify_for_usage(
             &[webpki::aws_lc_rs::ECDSA_P256_SHA256],
-            &roots.roots,
+            &credentials.roots.roots,
             intermediates,
             now,
             webpki::KeyUsage::server_auth(),
@@ -218,11 +219,10 @@ mod tests {
     fn a_node_cannot_sign() {
         let cluster = TestCluster::new();
         let node = identity(&cluster.security(Role::Node, "n1"));
-        assert_eq!(Signer::new(&node).unwrap_err(), TrustError::Role);
+        assert_eq!(Signer::new(Arc::clone(&node)).unwrap_err(), TrustError::Role);
         // A node that signs nevertheless, with a program of its own.
-        let key = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, node.key.secret_der()).unwrap();
-        let signature = key.sign(&SystemRandom::new(), b"statement").unwrap().as_ref().to_vec();
-        let certificates = node.chain.iter().map(|certificate| certificate.to_vec()).collect();
+        let Signed { signature, certificates } =
+            Signer { identity: node, random: SystemRandom::new() }.sign(b"statement").unwrap();
         let verifier = cluster.security(Role::Node, "n2").verifier();
         assert_eq!(verifier.verify(b"statement", &Signed { signature, certificates }), Err(TrustError::Role));
     }

@@ -19,12 +19,15 @@ use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use proto::drover::control::v1::control_client::ControlClient;
 use proto::drover::control::v1::{ResolveEvent, ResolveRequest, resolve_event};
+use proto::drover::enrol::v1::enrolment_client::EnrolmentClient;
+use proto::drover::enrol::v1::{Certificate, EnrolRequest, RenewRequest};
 use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint};
 
-use super::connect::{ConnectError, Connector};
+use super::connect::{ConnectError, Connector, NO_ENROLMENT};
 use crate::config::SeederAddresses;
 use crate::ingest::Progress;
+use crate::security::token::Token;
 use crate::security::{Role, Security, Signed, tls};
 use crate::serve::CHUNK_LOG2;
 use crate::serve::listener::WANTS_TLS;
@@ -98,6 +101,14 @@ pub enum SeederError {
         /// When it wants to be asked again.
         retry_after: Option<Duration>,
     },
+    /// It does not give this machine a certificate.
+    #[error("seeder {seeder} gives no certificate: {reason}")]
+    Refused {
+        /// The seeder.
+        seeder: String,
+        /// What it answered.
+        reason: String,
+    },
     /// No byte or event came for too long.
     #[error("seeder {seeder} sent nothing for {after:?}")]
     Stalled {
@@ -131,7 +142,9 @@ impl SeederError {
         match self {
             Self::None(reason) => SourceError::Unreachable { source_label: "seeder".to_owned(), reason },
             Self::Unreachable { seeder, reason } => SourceError::Unreachable { source_label: label(seeder), reason },
-            Self::Untrusted { seeder, reason } => SourceError::Denied { source_label: label(seeder), reason },
+            Self::Untrusted { seeder, reason } | Self::Refused { seeder, reason } => {
+                SourceError::Denied { source_label: label(seeder), reason }
+            }
             Self::Missing { seeder, reason } => SourceError::Missing { source_label: label(seeder), reason },
             Self::Busy { seeder, reason, retry_after } => {
                 SourceError::Busy { source_label: label(seeder), reason, retry_after }
@@ -185,7 +198,7 @@ struct Shared {
 pub(super) struct Seat {
     name: String,
     http: legacy::Client<Connector, Empty<Bytes>>,
-    control: ControlClient<Channel>,
+    channel: Channel,
     stall: Duration,
     rest: Mutex<Rest>,
 }
@@ -232,11 +245,14 @@ impl Client {
             registry: blob.registry.clone(),
             repository: blob.repository.clone(),
         };
+        if let Security::Mutual(identity) = &self.shared.security {
+            identity.settle().await;
+        }
         let digest = blob.digest;
         self.first(|seat| {
             let request = request.clone();
             async move {
-                let mut control = seat.control.clone();
+                let mut control = ControlClient::new(seat.channel.clone()).max_decoding_message_size(EVENT_BYTES_MAX);
                 let answer = tokio::time::timeout(seat.stall, control.resolve(request)).await;
                 match answer.map_err(|_| seat.stalled())? {
                     Ok(answer) => Ok(Resolution { seat, blob: digest, events: answer.into_inner() }),
@@ -254,6 +270,62 @@ impl Client {
             async move { seat.section(&header, section).await }
         })
         .await
+    }
+
+    /// Asks a seeder to renew this machine's certificate, for the key that made the request (PKCS #10).
+    pub async fn renew(&self, certificate_request: &[u8]) -> Result<Certificate, SeederError> {
+        let request = RenewRequest { certificate_request: certificate_request.to_vec() };
+        self.first(|seat| {
+            let (mut enrolment, request) = (EnrolmentClient::new(seat.channel.clone()), request.clone());
+            async move {
+                let answer = tokio::time::timeout(seat.stall, enrolment.renew(request)).await;
+                match answer.map_err(|_| seat.stalled())? {
+                    Ok(answer) => Ok(answer.into_inner()),
+                    Err(status) => Err(seat.enrolment_error(status).await),
+                }
+            }
+        })
+        .await
+    }
+
+    /// Asks a seeder of the authority that made `token` for this machine's first certificate.
+    pub async fn enrol(
+        &self,
+        token: &Token,
+        certificate_request: &[u8],
+        name: &str,
+    ) -> Result<Certificate, SeederError> {
+        let config = tls::enrolment_client(token.authority()).map_err(|error| SeederError::None(error.to_string()))?;
+        let request = EnrolRequest {
+            token: token.to_string(),
+            certificate_request: certificate_request.to_vec(),
+            name: name.to_owned(),
+        };
+        let mut last = None;
+        for (host, port) in &self.shared.places {
+            let addresses = self.addresses(host).await.map_err(SeederError::None)?;
+            for address in addresses {
+                let address = SocketAddr::new(address, *port);
+                let server =
+                    ServerName::try_from(host.to_owned()).map_err(|error| SeederError::None(error.to_string()))?;
+                let options = self.shared.options;
+                let connector = Connector::new(address, Some((Arc::clone(&config), server)), options.connect_timeout);
+                let seat = Seat::new(seat_name(host, address), connector.clone(), connector, options);
+                let mut enrolment = EnrolmentClient::new(seat.channel.clone());
+                match tokio::time::timeout(seat.stall, enrolment.enrol(request.clone())).await {
+                    Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                    Ok(Err(status)) => last = Some(seat.enrolment_error(status).await),
+                    Err(_) => last = Some(seat.stalled()),
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| SeederError::None("none is configured".to_owned())))
+    }
+
+    /// Whether a seeder answers.
+    #[cfg(test)]
+    pub(crate) async fn is_there(&self) -> Result<(), SeederError> {
+        self.first(|seat| async move { seat.get("/healthz").await.map(drop) }).await
     }
 
     /// Runs `work` with one seeder after the other until one answers.
@@ -354,16 +426,21 @@ impl Client {
             };
             Ok(Connector::new(address, tls, options.connect_timeout))
         };
-        let name = match host.parse::<IpAddr>() {
-            Ok(_) => address.to_string(),
-            Err(_) => format!("{host} ({address})"),
-        };
-        let seat = Arc::new(Seat::new(name, connector(tls::HTTP1)?, connector(tls::HTTP2)?, options));
+        let seat =
+            Arc::new(Seat::new(seat_name(host, address), connector(tls::HTTP1)?, connector(tls::HTTP2)?, options));
         let mut seats = self.shared.seats.lock();
         if seats.len() >= 256 {
             seats.clear();
         }
         Ok(Arc::clone(seats.entry(key).or_insert(seat)))
+    }
+}
+
+/// What errors and the log call a seeder.
+fn seat_name(host: &str, address: SocketAddr) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(_) => address.to_string(),
+        Err(_) => format!("{host} ({address})"),
     }
 }
 
@@ -516,8 +593,7 @@ impl Seat {
             .http2_keep_alive_interval(options.stall_timeout)
             .keep_alive_timeout(options.stall_timeout)
             .connect_with_connector_lazy(http2);
-        let control = ControlClient::new(channel).max_decoding_message_size(EVENT_BYTES_MAX);
-        Self { name, http, control, stall: options.stall_timeout, rest: Mutex::default() }
+        Self { name, http, channel, stall: options.stall_timeout, rest: Mutex::default() }
     }
 
     async fn section(self: &Arc<Self>, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
@@ -594,6 +670,17 @@ impl Seat {
             tonic::Code::Unimplemented | tonic::Code::InvalidArgument => SeederError::Wrong { seeder, reason },
             _ => SeederError::Ingest { seeder, reason },
         }
+    }
+
+    async fn enrolment_error(&self, status: tonic::Status) -> SeederError {
+        if std::error::Error::source(&status).is_some() {
+            return self.status_error(status).await;
+        }
+        let reason = match status.code() {
+            tonic::Code::Unimplemented => NO_ENROLMENT.to_owned(),
+            _ => status.message().chars().take(REASON_BYTES_MAX).collect(),
+        };
+        SeederError::Refused { seeder: self.name.clone(), reason }
     }
 
     fn transport_error(&self, error: &(dyn std::error::Error + 'static)) -> SeederError {

@@ -12,11 +12,14 @@ use std::time::Duration;
 use http::Uri;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use hyper_util::rt::TokioIo;
-use rustls::{CertificateError, ClientConfig};
+use rustls::{AlertDescription, CertificateError, ClientConfig};
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+
+/// Why a seeder takes no enrolments.
+pub(super) const NO_ENROLMENT: &str = "its configuration names no authority (enrol.authority)";
 
 /// Connects to one place, whatever the request's URI says.
 #[derive(Clone)]
@@ -86,6 +89,9 @@ fn tls_error(error: io::Error) -> ConnectError {
         // The text that rustls gives for a verifier's own error is its Debug form.
         Some(rustls::Error::InvalidCertificate(CertificateError::Other(reason))) => {
             ConnectError::Tls(reason.0.to_string())
+        }
+        Some(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => {
+            ConnectError::Tls(NO_ENROLMENT.to_owned())
         }
         Some(other) => ConnectError::Tls(other.to_string()),
         None => ConnectError::Io(error),

@@ -9,15 +9,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
+use rustls::ServerConfig;
+use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -62,18 +65,36 @@ impl Default for Limits {
 /// A bound socket that serves a router.
 pub struct Listener {
     tcp: TcpListener,
-    tls: Option<TlsAcceptor>,
+    doors: Option<Doors>,
     limits: Limits,
+}
+
+/// How connections with TLS come in.
+#[derive(Clone)]
+struct Doors {
+    members: Arc<ServerConfig>,
+    /// For machines without a certificate, and all that they get.
+    strangers: Option<(Arc<ServerConfig>, Router)>,
 }
 
 impl Listener {
     /// Binds `address`, with mutual TLS unless `security` is off.
     pub async fn bind(address: &str, security: &Security, limits: Limits) -> io::Result<Self> {
-        let tls = match security {
+        let doors = match security {
             Security::Off => None,
-            Security::Mutual(identity) => Some(TlsAcceptor::from(tls::server(identity).map_err(io::Error::other)?)),
+            Security::Mutual(identity) => {
+                Some(Doors { members: tls::server(identity).map_err(io::Error::other)?, strangers: None })
+            }
         };
-        Ok(Self { tcp: TcpListener::bind(address).await?, tls, limits })
+        Ok(Self { tcp: TcpListener::bind(address).await?, doors, limits })
+    }
+
+    /// Lets machines without a certificate reach `router`, and nothing else. Without security everyone reaches everything anyhow.
+    pub fn with_enrolment(mut self, security: &Security, router: Router) -> io::Result<Self> {
+        if let (Some(doors), Security::Mutual(identity)) = (&mut self.doors, security) {
+            doors.strangers = Some((tls::enrolment_server(identity).map_err(io::Error::other)?, router));
+        }
+        Ok(self)
     }
 
     /// The bound address.
@@ -101,9 +122,9 @@ impl Listener {
                     }
                 },
             };
-            let (tls, limits, router, stop) = (self.tls.clone(), self.limits, router.clone(), stop.clone());
+            let (doors, limits, router, stop) = (self.doors.clone(), self.limits, router.clone(), stop.clone());
             tracker.spawn(async move {
-                if let Err(error) = connection(stream, tls, limits, router, stop, permit).await {
+                if let Err(error) = connection(stream, doors, limits, router, stop, permit).await {
                     tracing::debug!(%peer, %error, "connection ends");
                 }
             });
@@ -142,7 +163,7 @@ pub async fn serve_local(path: &Path, router: Router, stop: CancellationToken) -
 
 async fn connection(
     mut stream: TcpStream,
-    tls: Option<TlsAcceptor>,
+    doors: Option<Doors>,
     limits: Limits,
     router: Router,
     stop: CancellationToken,
@@ -155,7 +176,7 @@ async fn connection(
         return Ok(());
     }
     let is_tls = first == [TLS_HANDSHAKE];
-    let Some(tls) = tls else {
+    let Some(doors) = doors else {
         if is_tls {
             refuse(&mut stream, "400 Bad Request", "security is off here: use http, not https").await?;
             return Err(io::Error::other("the client speaks TLS, but security is off here"));
@@ -167,10 +188,27 @@ async fn connection(
         refuse(&mut stream, &status, "security is on here: mutual TLS with a certificate of this cluster").await?;
         return Err(io::Error::other("the client does not speak TLS, but security is on here"));
     }
-    let handshake = tls.accept(StallLimited::new(stream, limits.stall_timeout));
-    let stream =
+    let handshake = doors.enter(StallLimited::new(stream, limits.stall_timeout), router);
+    let (stream, router) =
         tokio::time::timeout(limits.handshake_timeout, handshake).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    let router = match tls::caller(stream.get_ref().1.peer_certificates()) {
+        Some(caller) => router.layer(Extension(caller)),
+        None => router,
+    };
     http(stream, limits, router, stop).await
+}
+
+impl Doors {
+    /// Shakes hands; gives what the client may reach, which is `router` for machines of the cluster.
+    async fn enter(self, stream: StallLimited, router: Router) -> io::Result<(TlsStream<StallLimited>, Router)> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let is_stranger = start.client_hello().alpn().is_some_and(|mut names| names.any(|name| name == tls::ENROLMENT));
+        let (config, router) = match self.strangers {
+            Some(strangers) if is_stranger => strangers,
+            _ => (self.members, router),
+        };
+        Ok((start.into_stream(config).await?, router))
+    }
 }
 
 async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(

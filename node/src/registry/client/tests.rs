@@ -658,7 +658,7 @@ fn issue(directory: &Path, name: &str, addresses: &[&str]) -> Issued {
         addresses: addresses.iter().map(|address| (*address).to_owned()).collect(),
         validity: Duration::from_secs(3600),
     };
-    ca::issue(directory, directory, &options).unwrap()
+    ca::issue(directory, directory, &options, false).unwrap()
 }
 
 #[tokio::test]

@@ -155,7 +155,7 @@ async fn only_a_seeder_of_this_cluster_is_a_seeder() {
         assert!(matches!(error, SeederError::Untrusted { .. }), "{error}");
         assert!(error.to_string().contains(named), "{error}");
         let client = client(&[&seeder.address], node);
-        let header = client.first(|seat| async move { seat.get("/healthz").await.map(drop) }).await.unwrap_err();
+        let header = client.is_there().await.unwrap_err();
         assert!(matches!(header, SeederError::Untrusted { .. }), "{header}");
     };
     // A node that opens a port.
