@@ -19,7 +19,7 @@ use anyhow::{Context, Result};
 pub struct Comparison {
     /// Paths of the left tree.
     pub paths: u64,
-    /// Bytes of contents that were compared.
+    /// Bytes of contents that were compared; those of a file with several names once.
     pub bytes: u64,
     /// One line per difference, in the order of the walk; at most [`DIFFERENCES_MAX`].
     pub differences: Vec<String>,
@@ -115,6 +115,7 @@ impl<'a> Walk<'a> {
                 self.differ(relative, format!("target: {} and {}", a.display(), b.display()));
             }
         }
+        let mut was_read = false;
         if !a.is_dir() && (a.nlink() > 1 || b.nlink() > 1) {
             let first = |links: &mut HashMap<_, PathBuf>, of: &Metadata| {
                 links.entry((of.dev(), of.ino())).or_insert_with(|| relative.to_owned()).clone()
@@ -123,9 +124,10 @@ impl<'a> Walk<'a> {
             if a != b {
                 self.differ(relative, format!("is the same file as {} and {}", a.display(), b.display()));
             }
+            was_read = a == b && a != relative;
         }
         self.xattrs(relative, &left, &right)?;
-        if a.is_file() && b.is_file() && a.size() == b.size() {
+        if a.is_file() && b.is_file() && a.size() == b.size() && !was_read {
             self.contents(relative, &left, &right)?;
         }
         Ok(())
@@ -264,7 +266,7 @@ mod tests {
         let (left, right) = (tree(), tree());
         let result = compare(left.path(), right.path()).unwrap();
         assert_eq!(result.differences, Vec::<String>::new());
-        assert_eq!((result.paths, result.bytes), (5, 600_000));
+        assert_eq!((result.paths, result.bytes), (5, 300_000));
     }
 
     #[test]
