@@ -90,6 +90,8 @@ pub struct Pod<'a> {
     pub own_network: bool,
     /// An image that is mounted at a path in its container.
     pub image_volume: Option<(&'a str, &'a str)>,
+    /// A user namespace of its own: which id of the machine is its 0, and how many follow. For users as for groups.
+    pub ids: Option<(u32, u32)>,
 }
 
 impl<'a> Client<'a> {
@@ -205,12 +207,18 @@ impl<'a> Client<'a> {
     fn start_pod(&self, reference: &str, name: &str, pod: Pod<'_>) -> Result<Container> {
         // The kubelet's NamespaceMode: POD is 0, CONTAINER 1, NODE 2.
         let network = if pod.own_network { 0 } else { 2 };
+        // A container says the same as its pod.
+        let mut namespaces = json!({ "network": network, "pid": 1 });
+        if let Some((host, length)) = pod.ids {
+            let map = json!([{ "host_id": host, "container_id": 0, "length": length }]);
+            namespaces["userns_options"] = json!({ "mode": 0, "uids": map, "gids": map });
+        }
         let sandbox = json!({
             "metadata": { "name": name, "uid": name, "namespace": "test", "attempt": 0 },
             "log_directory": self.folder,
             "linux": {
                 "cgroup_parent": self.node.containerd().control_group(),
-                "security_context": { "namespace_options": { "network": network, "pid": 1 } },
+                "security_context": { "namespace_options": namespaces },
             },
         });
         let mut container = json!({
@@ -218,7 +226,7 @@ impl<'a> Client<'a> {
             "image": { "image": reference },
             "command": SLEEP,
             "log_path": format!("{name}.log"),
-            "linux": {},
+            "linux": { "security_context": { "namespace_options": namespaces } },
         });
         if let Some((image, target)) = pod.image_volume {
             container["mounts"] = json!([{ "container_path": target, "image": { "image": image }, "readonly": true }]);

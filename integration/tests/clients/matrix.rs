@@ -38,6 +38,8 @@ pub(crate) struct Stage {
     pub(crate) expected: (PathBuf, SystemTime),
     /// Keeps `expected` mounted.
     _plain: Node,
+    /// Kubernetes' interface of the node.
+    pub(crate) cri: Cri,
     /// What the empty store of the node takes on the disk.
     pub(crate) empty: u64,
 }
@@ -95,7 +97,7 @@ impl Stage {
         let node = scene.drover_node_as(&setup)?;
         let empty = node.snapshotter()?.disk_use()?;
         let expected = (expected, began);
-        Ok(Some(Self { scene, node, reference, image, other, variant, expected, _plain: plain, empty }))
+        Ok(Some(Self { scene, node, reference, image, other, variant, expected, _plain: plain, cri, empty }))
     }
 
     /// Whether what containerd has of the image beside `before` bytes is next to nothing, or all.
