@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use layer::index::{Span, Spans};
 use layer::ingest::SPAN_LEN;
@@ -14,21 +15,45 @@ use crate::source::ChunkSink;
 /// Device bytes that are given in one go. Chosen: a few milliseconds of a thread that others wait for.
 const PUSH_LEN: u64 = 1 << 20;
 
-/// The device ranges of `spans`, for [`Source::units`](crate::source::Source::units).
-pub fn units(spans: &Spans) -> Vec<Range<u64>> {
+/// How a source's fetches lie on a device: the device ranges of its spans, once they are known.
+#[derive(Debug, Default)]
+pub struct Units(OnceLock<Vec<Range<u64>>>);
+
+impl Units {
+    /// Those of `spans`.
+    pub fn of(spans: &Spans) -> Self {
+        Self(OnceLock::from(device_ranges(spans)))
+    }
+
+    /// For [`Source::units`](crate::source::Source::units), of a device that is cut by `geometry`: the spans, or what they will be
+    /// like, so that reads that lie near each other share a fetch before the spans are known.
+    pub fn get(&self, geometry: Geometry) -> Vec<Range<u64>> {
+        self.0.get().cloned().unwrap_or_else(|| likely_units(geometry))
+    }
+
+    /// The spans to inflate for `run`, at least one, of the `spans` that are known from here on; an error says why there shall be
+    /// no fetch.
+    pub fn plan<'a>(&self, spans: &'a Spans, run: Range<u32>) -> Result<&'a [Span], &'static str> {
+        let was_known = self.0.get().is_some();
+        self.0.get_or_init(|| device_ranges(spans));
+        let covering = spans.covering(run);
+        // Whoever asked went by likely units: a single zstd frame of hundreds of MiB would be fetched for each read.
+        let is_surprise = covering.iter().any(|span| span.device.end - span.device.start > 8 * SPAN_LEN);
+        match covering {
+            [] => Err("no such chunks"),
+            _ if is_surprise && !was_known => Err("its spans were not known when it was asked"),
+            covering => Ok(covering),
+        }
+    }
+}
+
+fn device_ranges(spans: &Spans) -> Vec<Range<u64>> {
     spans.all().iter().map(|span| span.device.clone()).collect()
 }
 
-/// What the units will be like while the spans are not known: so reads that lie near each other share a fetch.
-pub fn likely_units(geometry: Geometry) -> Vec<Range<u64>> {
+fn likely_units(geometry: Geometry) -> Vec<Range<u64>> {
     let size = geometry.device_size();
     (0..size.div_ceil(SPAN_LEN)).map(|n| n * SPAN_LEN..((n + 1) * SPAN_LEN).min(size)).collect()
-}
-
-/// Whether fetching `covering` moves far more than [`likely_units`] promised. Whoever planned by those should look at the units
-/// again first: a single zstd frame of hundreds of MiB would be fetched for each read.
-pub fn surprises(covering: &[Span]) -> bool {
-    covering.iter().any(|span| span.device.end - span.device.start > 8 * SPAN_LEN)
 }
 
 /// Inflates spans that stand one behind the other in the blob, and cuts what comes out into chunks.
@@ -39,6 +64,8 @@ pub struct SpanPass<'a> {
     before: Option<u8>,
     /// Offset in the blob of the next byte.
     at: u64,
+    /// Where the last span ends in the blob.
+    end: u64,
     cutter: Cutter,
     /// Bytes taken that no chunk was counted with.
     untold: usize,
@@ -46,15 +73,16 @@ pub struct SpanPass<'a> {
 }
 
 impl<'a> SpanPass<'a> {
-    /// A pass over `spans`, which are neighbours, of a device that is cut by `geometry`. The bytes that are pushed begin at offset
-    /// `start` of the blob, where the first span does.
-    pub fn new(spans: &'a [Span], geometry: Geometry, start: u64) -> Self {
-        let device_start = spans.first().map_or(0, |span| span.device.start);
+    /// A pass over `spans`, which are neighbours, of a device that is cut by `geometry`. The bytes that are pushed begin where the
+    /// first span does.
+    pub fn new(spans: &'a [Span], geometry: Geometry) -> Self {
+        let (blob_start, device_start) = spans.first().map_or((0, 0), |span| (span.blob.start, span.device.start));
         Self {
+            end: spans.last().map_or(blob_start, |span| span.blob.end),
             spans: spans.iter(),
             current: None,
             before: None,
-            at: start,
+            at: blob_start,
             cutter: Cutter::new(geometry, device_start),
             untold: 0,
             is_done: spans.is_empty(),
@@ -66,9 +94,9 @@ impl<'a> SpanPass<'a> {
         self.is_done
     }
 
-    /// Offset in the blob of the next byte that is needed.
-    pub const fn at(&self) -> u64 {
-        self.at
+    /// The bytes of the blob that are still needed.
+    pub const fn blob(&self) -> Range<u64> {
+        self.at..self.end
     }
 
     /// Takes the next bytes of the blob and gives the chunks that become whole to `sink`; an error says why the bytes cannot be

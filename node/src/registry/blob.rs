@@ -15,41 +15,40 @@ use crate::source::BlobRef;
 /// How long a reader is patient, and a download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Patience {
-    /// A container waits: a broken connection is made again, everything else is for whoever chooses among sources.
+    /// A container waits. Before anything came a broken connection is made again, and everything else is for whoever chooses
+    /// among sources. After that the transfer is taken up again: a frame of zstd can be read from its start only, however large
+    /// it is, so what came must not be lost with a connection.
     Read,
     /// Nobody waits for this byte alone: rests are sat out.
     Download,
 }
 
 impl Patience {
-    /// Tries without a single new byte.
-    const fn tries_max(self) -> u32 {
-        match self {
-            Self::Read => 2,
-            Self::Download => DOWNLOAD_TRIES_MAX,
+    /// The pause before another try, after so many `tries` without a single new byte; `None` where there shall be none. `has_begun`:
+    /// some bytes came before.
+    fn pause(self, fault: &Fault, tries: u32, has_begun: bool) -> Option<Duration> {
+        let (tries_max, rest_max, first) = match (self, has_begun) {
+            (Self::Read, false) if !matches!(fault, Fault::Unreachable { .. }) => return None,
+            (Self::Read, false) => (2, Duration::ZERO, Duration::from_millis(50)),
+            (Self::Read, true) => (4, Duration::from_secs(5), Duration::from_millis(100)),
+            (Self::Download, _) => (DOWNLOAD_TRIES_MAX, Duration::from_secs(30), Duration::from_millis(400)),
+        };
+        if !fault.is_transient() || tries >= tries_max {
+            return None;
         }
-    }
-
-    /// The pause before another try; `None` where there shall be none.
-    fn pause(self, fault: &Fault, tries: u32) -> Option<Duration> {
-        let own = |first: u64| back_off(Duration::from_millis(first), tries, Duration::from_secs(10));
-        match (self, fault) {
-            (_, fault) if !fault.is_transient() || tries >= self.tries_max() => None,
-            (Self::Read, Fault::Unreachable { .. }) => Some(own(50)),
-            (Self::Read, _) => None,
-            (Self::Download, Fault::Busy { retry_after: Some(rest), .. }) => {
-                // A little more than it asked for, since it measures too.
-                (*rest <= REST_MAX).then(|| *rest + own(100))
+        match fault {
+            // A little more than it asked for, since it measures too.
+            Fault::Busy { retry_after: Some(rest), .. } => {
+                let more = back_off(Duration::from_millis(100), tries, Duration::from_secs(1));
+                (*rest <= rest_max).then(|| *rest + more)
             }
-            (Self::Download, _) => Some(own(400)),
+            _ => Some(back_off(first, tries, Duration::from_secs(10))),
         }
     }
 }
 
 /// Tries of a download without a single new byte.
 pub(crate) const DOWNLOAD_TRIES_MAX: u32 = 5;
-/// The longest rest of a registry that a download sits out.
-const REST_MAX: Duration = Duration::from_secs(30);
 
 /// A part of a blob, in order.
 pub struct BlobBody {
@@ -60,6 +59,8 @@ pub struct BlobBody {
     stream: Option<Stream>,
     total: Option<u64>,
     patience: Patience,
+    has_begun: bool,
+    /// Tries since the last byte.
     tries: u32,
     is_over: bool,
 }
@@ -73,7 +74,7 @@ impl BlobBody {
         patience: Patience,
     ) -> Self {
         let total = stream.as_ref().and_then(|stream| stream.total);
-        Self { client, blob, left: wanted, stream, total, patience, tries: 0, is_over: false }
+        Self { client, blob, left: wanted, stream, total, patience, has_begun: false, tries: 0, is_over: false }
     }
 
     /// Size of the whole blob, where the registry said it.
@@ -87,6 +88,7 @@ impl BlobBody {
             let error = match self.try_next().await {
                 Ok(Some(bytes)) => {
                     self.left.start += bytes.len() as u64;
+                    self.has_begun = true;
                     self.tries = 0;
                     return Ok(Some(bytes));
                 }
@@ -98,7 +100,7 @@ impl BlobBody {
             };
             self.stream = None;
             self.tries += 1;
-            let Some(pause) = self.patience.pause(&error.fault, self.tries) else {
+            let Some(pause) = self.patience.pause(&error.fault, self.tries, self.has_begun) else {
                 self.is_over = true;
                 return Err(error);
             };

@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::time::Duration;
 
 use layer::Geometry;
 use layer::index::Spans;
@@ -11,7 +9,7 @@ use layer::index::Spans;
 use super::client::Client;
 use super::error::{Fault, RegistryError};
 use crate::source::{BlobRef, BoxFuture, ChunkSink, Source, SourceError, SourceKind};
-use crate::span_pass::{SpanPass, likely_units, surprises, units};
+use crate::span_pass::{SpanPass, Units};
 
 /// Gives the spans section when it is needed.
 pub trait SpansProvider: Send + Sync + 'static {
@@ -25,101 +23,40 @@ impl SpansProvider for std::sync::Arc<Spans> {
     }
 }
 
-/// Tries without a new byte before a transfer that was under way fails. Whoever asks again then starts anew.
-const TRIES_MAX: u32 = 4;
-/// Pause after a failed try; doubled with each further one.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// The longest rest of a registry that a transfer sits out.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
-
-/// Why a transfer stopped.
-enum FetchError {
-    Registry(RegistryError),
-    Corrupt(String),
-}
-
-impl From<RegistryError> for FetchError {
-    fn from(error: RegistryError) -> Self {
-        Self::Registry(error)
-    }
-}
-
-impl FetchError {
-    fn into_source_error(self, source: &RegistrySource) -> SourceError {
-        match self {
-            Self::Registry(error) => source.error(error),
-            Self::Corrupt(reason) => source.corrupt(reason),
-        }
-    }
-}
-
 /// The chunks of one layer, out of its blob.
 pub struct RegistrySource {
     client: Client,
     blob: BlobRef,
     geometry: Geometry,
     spans: Box<dyn SpansProvider>,
-    units: OnceLock<Vec<Range<u64>>>,
+    units: Units,
 }
 
 impl RegistrySource {
     /// A source of the layer of `blob`, whose device is cut by `geometry`.
     pub fn new(client: Client, blob: BlobRef, geometry: Geometry, spans: impl SpansProvider) -> Self {
-        Self { client, blob, geometry, spans: Box::new(spans), units: OnceLock::new() }
+        Self { client, blob, geometry, spans: Box::new(spans), units: Units::default() }
     }
 
     /// The same with the device ranges of the spans, so that no span is fetched for two runs.
     pub fn with_units(mut self, spans: &Spans) -> Self {
-        self.units = OnceLock::from(units(spans));
+        self.units = Units::of(spans);
         self
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
-        let was_planned = self.units.get().is_some();
-        let spans = self.spans.spans().await;
-        let spans = spans.map_err(|reason| SourceError::Missing { source_label: self.label(), reason })?;
-        self.units.get_or_init(|| units(&spans));
-        let covering = spans.covering(run.clone());
-        let (Some(first), Some(last)) = (covering.first(), covering.last()) else {
-            return Err(SourceError::Missing { source_label: self.label(), reason: "no such chunks".to_owned() });
-        };
-        if !was_planned && surprises(covering) {
-            let reason = "its spans were not known when it was asked".to_owned();
-            return Err(SourceError::Missing { source_label: self.label(), reason });
-        }
-        let end = last.blob.end;
-        let mut pass = SpanPass::new(covering, self.geometry, first.blob.start);
-        let mut tries = 0;
+        let missing = |reason| SourceError::Missing { source_label: self.label(), reason };
+        let spans = self.spans.spans().await.map_err(missing)?;
+        let covering = self.units.plan(&spans, run).map_err(|reason| missing(reason.to_owned()))?;
+        let mut pass = SpanPass::new(covering, self.geometry);
+        let blob = pass.blob();
+        let opened = self.client.blob(&self.blob, blob.start, Some(blob.end)).await;
+        let mut body = opened.map_err(|error| self.error(error))?;
         while !pass.is_done() {
-            let at = pass.at();
-            let Err(error) = self.continue_pass(&mut pass, end, sink).await else { continue };
-            // A frame of zstd can be read from its start only, however large it is, so a pass survives its connections.
-            tries = if pass.at() > at { 1 } else { tries + 1 };
-            let FetchError::Registry(error) = error else { return Err(error.into_source_error(self)) };
-            let pause = error.retry_after().unwrap_or(RETRY_PAUSE * 2u32.pow(tries));
-            // Before anything came another source may do as well, and the swarm knows better when to come back.
-            if !error.is_transient() || pass.at() == first.blob.start || tries >= TRIES_MAX || pause > PAUSE_MAX {
-                return Err(self.error(error));
-            }
-            tracing::debug!(blob = %self.blob, at = pass.at(), %error, "the transfer is taken up again");
-            tokio::time::sleep(pause).await;
-        }
-        Ok(())
-    }
-
-    /// Goes on with a pass over one connection, to the pass's end.
-    async fn continue_pass(
-        &self,
-        pass: &mut SpanPass<'_>,
-        end: u64,
-        sink: &mut dyn ChunkSink,
-    ) -> Result<(), FetchError> {
-        let mut body = self.client.blob(&self.blob, pass.at(), Some(end)).await?;
-        while !pass.is_done() {
-            let Some(bytes) = body.next().await? else {
-                return Err(FetchError::Corrupt("the blob ended inside a span".to_owned()));
+            let Some(bytes) = body.next().await.map_err(|error| self.error(error))? else {
+                return Err(self.corrupt("the blob ended inside a span".to_owned()));
             };
-            pass.take(&bytes, sink).await.map_err(FetchError::Corrupt)?;
+            pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
         }
         Ok(())
     }
@@ -160,9 +97,8 @@ impl Source for RegistrySource {
         format!("registry {}", self.blob.registry)
     }
 
-    /// The spans, or what they will be like: until they are known, reads that lie near each other share a fetch.
     fn units(&self) -> Vec<Range<u64>> {
-        self.units.get().cloned().unwrap_or_else(|| likely_units(self.geometry))
+        self.units.get(self.geometry)
     }
 
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {

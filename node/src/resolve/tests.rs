@@ -359,7 +359,7 @@ async fn what_inflates_much_is_given_piece_by_piece() {
     }
     let mut sink = Counted(0);
     let spans = [span];
-    let mut pass = SpanPass::new(&spans, layer::Geometry::new(DEVICE, 17).unwrap(), 0);
+    let mut pass = SpanPass::new(&spans, layer::Geometry::new(DEVICE, 17).unwrap());
     assert!(pass.take(&blob, &mut sink).await.is_err());
     assert!(sink.0 < 66 << 20, "{}", sink.0);
 }

@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 use layer::index::Spans;
 use layer::{Digest, Geometry};
 use node::layer::Layer;
 use node::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
-use node::span_pass::{SpanPass, likely_units, surprises, units};
+use node::span_pass::{SpanPass, Units};
 
 use super::content::{ContentError, ContentStore};
 
@@ -20,7 +20,7 @@ pub struct ContentSource {
     geometry: Geometry,
     // The layer holds its sources, so they must not hold the layer.
     layer: Weak<Layer>,
-    units: OnceLock<Vec<Range<u64>>>,
+    units: Units,
 }
 
 impl ContentSource {
@@ -32,25 +32,16 @@ impl ContentSource {
             blob: layer.header().blob(),
             geometry: layer.geometry(),
             layer: Arc::downgrade(layer),
-            units: OnceLock::new(),
+            units: Units::default(),
         }
     }
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
-        let was_planned = self.units.get().is_some();
         let spans = self.spans().await?;
-        self.units.get_or_init(|| units(&spans));
-        let covering = spans.covering(run);
-        let (Some(first), Some(last)) = (covering.first(), covering.last()) else {
-            return Err(self.missing("no such chunks".to_owned()));
-        };
-        if !was_planned && surprises(covering) {
-            return Err(self.missing("its spans were not known when it was asked".to_owned()));
-        }
-        let range = first.blob.start..last.blob.end;
-        let opened = self.content.open(&self.namespace, self.blob, range.clone()).await;
+        let covering = self.units.plan(&spans, run).map_err(|reason| self.missing(reason.to_owned()))?;
+        let mut pass = SpanPass::new(covering, self.geometry);
+        let opened = self.content.open(&self.namespace, self.blob, pass.blob()).await;
         let Some(mut body) = opened.map_err(|error| self.error(&error))? else { return Err(self.forget()) };
-        let mut pass = SpanPass::new(covering, self.geometry, range.start);
         while !pass.is_done() {
             let Some(bytes) = body.next().await.map_err(|error| self.error(&error))? else { break };
             pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
@@ -112,7 +103,7 @@ impl Source for ContentSource {
     }
 
     fn units(&self) -> Vec<Range<u64>> {
-        self.units.get().cloned().unwrap_or_else(|| likely_units(self.geometry))
+        self.units.get(self.geometry)
     }
 
     fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {

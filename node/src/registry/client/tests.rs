@@ -259,7 +259,8 @@ const CASES: &[Case] = &[
         class: "denied",
         text: &["403 Forbidden from localhost"],
     },
-    Case { name: "silence", behave: |b| b.stall_after = Some(5000), class: "stalled", text: &["sent nothing for 1s"] },
+    Case { name: "silence", behave: |b| b.stall_after = Some(0), class: "stalled", text: &["sent nothing for 1s"] },
+    Case { name: "a body that falls silent", behave: |b| b.stall_after = Some(60_000), class: "", text: &[] },
     Case {
         name: "a body that breaks at once, each time",
         behave: |b| b.break_after = Some((0, 1000)),
