@@ -3,7 +3,7 @@
 use layer::entry::Kind;
 use layer::erofs::{ImageError, ImageOptions, Stack, write_image};
 use layer::index::{self, ChunkDigests, Compression, HEADER_LEN, Header, Index, Spans};
-use layer::ingest::{Ingest, IngestError, Options};
+use layer::ingest::{Ingest, IngestError, Options, ZSTD_WINDOW_MAX};
 use layer::tar::{Limits, Scanner};
 use layer::tree::Tree;
 use layer::wire::{Decoder, Encoder, FrameReader};
@@ -25,7 +25,7 @@ pub fn zstd(input: &[u8]) {
 fn blob(input: &[u8]) {
     let Some((push_len, blob)) = input.split_first() else { return };
     let (whole, device) = ingest(blob, blob.len().max(1), None);
-    let (again, _) = ingest(blob, usize::from(*push_len) + 1, None);
+    let (again, _) = ingest_asking(blob, usize::from(*push_len) + 1);
     // Only where the fault was seen may differ.
     assert_eq!(whole.clone().ok(), again.ok());
     let Ok(index) = whole else { return };
@@ -168,6 +168,20 @@ pub fn wire(input: &[u8]) {
 }
 
 fn ingest(blob: &[u8], push_len: usize, compression: Option<Compression>) -> (Result<Index, IngestError>, Vec<u8>) {
+    ingest_within(blob, push_len, compression, ZSTD_WINDOW_MAX)
+}
+
+/// The same; each window is asked for.
+fn ingest_asking(blob: &[u8], push_len: usize) -> (Result<Index, IngestError>, Vec<u8>) {
+    ingest_within(blob, push_len, None, 0)
+}
+
+fn ingest_within(
+    blob: &[u8],
+    push_len: usize,
+    compression: Option<Compression>,
+    window: u64,
+) -> (Result<Index, IngestError>, Vec<u8>) {
     // Short spans, so that small inputs have many.
     let options = Options {
         chunk_log2: 12,
@@ -179,8 +193,17 @@ fn ingest(blob: &[u8], push_len: usize, compression: Option<Compression>) -> (Re
     let mut sink = |_, plain: &[u8], _| device.extend_from_slice(plain);
     let mut ingest =
         Ingest::new(Digest::of(blob), Some(blob.len() as u64), compression, options).expect("good options");
-    for piece in blob.chunks(push_len) {
+    ingest.limit_window(window);
+    for (number, piece) in blob.chunks(push_len).enumerate() {
         ingest.push(piece, &mut sink).expect("the size is right");
+        // Now and then the answer is late.
+        while number % 3 != 0
+            && let Some(wanted) = ingest.window_wanted()
+        {
+            assert!(wanted <= ZSTD_WINDOW_MAX);
+            ingest.allow_window(wanted, &mut sink);
+            ingest.limit_window(window);
+        }
     }
     let result = ingest.finish(&mut sink);
     (result, device)

@@ -14,6 +14,7 @@ use crate::index::{
     Compression, Header, HeaderError, HeaderFacts, Index, SPAN_BLOB_MAX, SPAN_DEVICE_MAX, SectionFacts, SpansEncoder,
     Start as EncodedStart, WINDOW_MAX, encode_entries,
 };
+pub use crate::inflate::ZSTD_WINDOW_MAX;
 use crate::inflate::{GzipReader, InflateError, Stop, WindowProbe, ZstdReader};
 use crate::tar::{self, TarError};
 use crate::tree::DEVICE_SIZE_MAX;
@@ -112,7 +113,19 @@ pub struct Ingest {
     decoder: Decoder,
     device: Device,
     spans: SpanStarts,
+    /// The largest window that a zstd frame may have, in bytes, without asking.
+    window_allowed: u64,
+    held: Option<Held>,
     failure: Option<IngestError>,
+}
+
+/// What waits in front of a zstd frame whose window was not allowed yet.
+#[derive(Debug)]
+struct Held {
+    /// Bytes of the window.
+    window: u64,
+    /// The blob's bytes behind the frame's header that were pushed.
+    bytes: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -145,12 +158,37 @@ impl Ingest {
             decoder: Decoder::Detecting(Vec::new()),
             device: Device::new(geometry.chunk_size() as usize, options.limits),
             spans: SpanStarts::new(options.span_len),
+            window_allowed: ZSTD_WINDOW_MAX,
+            held: None,
             failure: None,
         };
         if let Some(compression) = compression {
             ingest.start(compression);
         }
         Ok(ingest)
+    }
+
+    /// Lets zstd frames have windows of at most `bytes` without asking; all that are supported ([`ZSTD_WINDOW_MAX`]) unless this was
+    /// called. The window is most of the memory of an ingest, and who runs several may want to share it out.
+    pub fn limit_window(&mut self, bytes: u64) {
+        self.window_allowed = bytes;
+        if let Decoder::Zstd(reader) = &mut self.decoder {
+            reader.allow_window(bytes);
+        }
+    }
+
+    /// The window that the next zstd frame needs, in bytes, where it is more than was allowed. Until
+    /// [`Ingest::allow_window`] is called nothing more comes out of the blob, and what is pushed is held in memory.
+    pub fn window_wanted(&self) -> Option<u64> {
+        self.held.as_ref().map(|held| held.window)
+    }
+
+    /// Lets zstd frames have windows of `bytes` from here on, and goes on with what was held.
+    pub fn allow_window(&mut self, bytes: u64, sink: &mut ChunkFn<'_>) {
+        self.limit_window(bytes);
+        if let Some(held) = self.held.take() {
+            self.decode(&held.bytes, sink);
+        }
     }
 
     /// Takes the next bytes of the blob, any number, and gives each chunk that becomes whole to `sink`. The only error is
@@ -168,6 +206,8 @@ impl Ingest {
             if first.len() >= MAGIC_LEN {
                 self.detected(sink);
             }
+        } else if let Some(held) = &mut self.held {
+            held.bytes.extend_from_slice(blob_bytes);
         } else {
             self.decode(blob_bytes, sink);
         }
@@ -179,6 +219,9 @@ impl Ingest {
         let blob = self.blob;
         if matches!(self.decoder, Decoder::Detecting(_)) {
             self.detected(sink);
+        }
+        if self.held.is_some() {
+            self.allow_window(ZSTD_WINDOW_MAX, sink);
         }
         let got = Digest::from_bytes(std::mem::take(&mut self.blob_hash).finalize().into());
         if let Some(want) = self.blob_size.filter(|want| self.blob_read != *want) {
@@ -274,7 +317,9 @@ impl Ingest {
             }
             Compression::Zstd => {
                 self.spans.begin(EncodedStart::Frame);
-                Decoder::Zstd(Box::new(ZstdReader::at_frame(0)))
+                let mut reader = ZstdReader::at_frame(0);
+                reader.allow_window(self.window_allowed);
+                Decoder::Zstd(Box::new(reader))
             }
         };
     }
@@ -301,7 +346,7 @@ impl Ingest {
             }
             Decoder::Zstd(reader) => {
                 match decode_frames(reader, input, &mut self.device, &mut self.spans, sink, &self.options) {
-                    Ok(()) => {}
+                    Ok(held) => self.held = held,
                     Err(error @ InflateError::Window { .. }) => self.fail_unsupported(&error.to_string()),
                     Err(source) => self.failure = Some(IngestError::Inflate { blob: self.blob, source }),
                 }
@@ -348,7 +393,7 @@ fn inflate(
         spans.reached(device.len());
         match read.stop {
             Stop::Input => return Ok(()),
-            Stop::Output => {}
+            Stop::Output | Stop::Window { .. } => {}
             Stop::End => spans.boundary(Place { blob: reader.blob_offset(), device: device.len() }),
             Stop::Block { blob_offset, bits, first } => {
                 let window_len = reader.member_len().min(WINDOW_MAX as u64) as usize;
@@ -360,7 +405,8 @@ fn inflate(
     Ok(())
 }
 
-/// Decodes all of `input` into the device. Spans start at frames only, which the decoder stops at by itself.
+/// Decodes `input` into the device, all of it unless a frame wants a larger window than was allowed. Spans start at frames only,
+/// which the decoder stops at by itself.
 fn decode_frames(
     reader: &mut ZstdReader,
     mut input: &[u8],
@@ -368,19 +414,20 @@ fn decode_frames(
     spans: &mut SpanStarts,
     sink: &mut ChunkFn<'_>,
     options: &Options,
-) -> Result<(), InflateError> {
+) -> Result<Option<Held>, InflateError> {
     while device.len() <= options.device_size_max {
         let read = reader.read(input, device.room())?;
         input = input.get(read.consumed..).unwrap_or_default();
         device.filled(read.produced, sink);
         spans.reached(device.len());
         match read.stop {
-            Stop::Input => return Ok(()),
+            Stop::Input => return Ok(None),
+            Stop::Window { bytes: window } => return Ok(Some(Held { window, bytes: input.to_vec() })),
             Stop::End => spans.boundary(Place { blob: reader.blob_offset(), device: device.len() }),
             Stop::Output | Stop::Block { .. } => {}
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Chooses among the places where a span can start.

@@ -61,6 +61,11 @@ pub(crate) enum Stop {
     },
     /// Behind a member's trailer or a zstd frame: another may follow.
     End,
+    /// In front of a zstd frame whose window is larger than was allowed so far.
+    Window {
+        /// Bytes of the window.
+        bytes: u64,
+    },
 }
 
 impl GzipReader {

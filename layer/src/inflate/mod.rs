@@ -9,6 +9,7 @@ mod zstd;
 
 pub(crate) use gzip::{GzipReader, Stop};
 pub(crate) use probe::WindowProbe;
+pub use zstd::WINDOW_MAX as ZSTD_WINDOW_MAX;
 pub(crate) use zstd::ZstdReader;
 
 pub(crate) use crate::index::WINDOW_MAX;

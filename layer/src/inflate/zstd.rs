@@ -11,7 +11,7 @@ use super::gzip::{Read, Stop};
 /// Largest window of a frame, in bytes: what decoding it costs in memory. Chosen: the Go encoder that image builders use takes
 /// 32 MiB at its best level and 8 MiB by default, the zstd program 8 MiB up to level 19; the 128 MiB of `--long` would make
 /// the memory of an ingest, and of every node that reads such a blob, a matter of who built the image.
-pub(super) const WINDOW_MAX: u64 = 32 << 20;
+pub const WINDOW_MAX: u64 = 32 << 20;
 
 const FRAME_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Magic, descriptor, window, dictionary's id and content size at their longest (RFC 8878, 3.1.1.1).
@@ -22,6 +22,8 @@ const SKIPPABLE_HEADER_LEN: usize = 4 + 4;
 /// Reads the frames of a zstd blob one after the other.
 pub(crate) struct ZstdReader {
     decoder: DCtx<'static>,
+    /// Frames with a larger window are not begun.
+    window_allowed: u64,
     state: State,
     /// Bytes of the blob consumed, counted from its start.
     blob_offset: u64,
@@ -55,10 +57,18 @@ enum Header {
 impl ZstdReader {
     /// Starts at a frame, `blob_offset` bytes into the blob.
     pub(crate) fn at_frame(blob_offset: u64) -> Self {
-        let mut decoder = DCtx::create();
-        let limited = decoder.set_parameter(DParameter::WindowLogMax(WINDOW_MAX.ilog2()));
-        debug_assert!(limited.is_ok());
-        Self { decoder, state: BOUNDARY, blob_offset, may_hold_output: false }
+        Self {
+            decoder: new_decoder(),
+            window_allowed: WINDOW_MAX,
+            state: BOUNDARY,
+            blob_offset,
+            may_hold_output: false,
+        }
+    }
+
+    /// Stops in front of frames whose window is larger than `bytes`.
+    pub(crate) const fn allow_window(&mut self, bytes: u64) {
+        self.window_allowed = bytes;
     }
 
     /// Bytes of the blob up to where reading is.
@@ -89,6 +99,11 @@ impl ZstdReader {
                     }
                     Ok(Header::Frame { window, .. }) if window > WINDOW_MAX => {
                         return Err(InflateError::Window { offset: self.blob_offset, window, max: WINDOW_MAX });
+                    }
+                    Ok(Header::Frame { window, .. }) if window > self.window_allowed => {
+                        // Whoever waits for memory shall hold none, and earlier frames' windows are not needed any more.
+                        self.decoder = new_decoder();
+                        break Stop::Window { bytes: window };
                     }
                     // The decoder gets the header by itself, so that what it does never depends on how the input is cut.
                     Ok(Header::Frame { content_size, .. }) => {
@@ -157,6 +172,13 @@ impl std::fmt::Debug for ZstdReader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ZstdReader").field("blob_offset", &self.blob_offset).finish_non_exhaustive()
     }
+}
+
+fn new_decoder() -> DCtx<'static> {
+    let mut decoder = DCtx::create();
+    let limited = decoder.set_parameter(DParameter::WindowLogMax(WINDOW_MAX.ilog2()));
+    debug_assert!(limited.is_ok());
+    decoder
 }
 
 /// What one call of the decoder did.
@@ -239,6 +261,7 @@ mod tests {
     /// Everything that the blob gives, over pieces and rooms of these lengths, and how many ends there were.
     fn read(blob: &[u8], piece: usize, room: usize) -> Result<(Vec<u8>, usize, bool), InflateError> {
         let (mut reader, mut plain, mut ends) = (ZstdReader::at_frame(0), Vec::new(), 0);
+        reader.allow_window(0);
         let mut output = vec![0; room];
         for mut input in blob.chunks(piece) {
             loop {
@@ -249,6 +272,7 @@ mod tests {
                     Stop::Input => break,
                     Stop::End => ends += 1,
                     Stop::Output | Stop::Block { .. } => {}
+                    Stop::Window { bytes } => reader.allow_window(bytes),
                 }
             }
         }
