@@ -9,8 +9,12 @@ use std::ops::Range;
 
 use crate::chunk::{ChunkIndex, Geometry};
 
-/// zstd level: 1.04 times the size of the gzip layers at 246 MB/s, where level 1 gives 1.10 at 424 and level 6 0.98 at 93.
-pub const LEVEL: i32 = 3;
+/// zstd level of a chunk that is encoded without hurry and without time to spare. docs/BENCHMARKS.md has the size and speed of
+/// each level; this one keeps a whole image, with its index, within 1.06 times its gzip layers.
+pub const LEVEL: i32 = 4;
+
+/// What an [`Encoder`] for chunks of the default size takes in memory, in bytes, with any level up to two above [`LEVEL`].
+pub const ENCODER_BYTES_MAX: usize = 7 << 18;
 
 /// Bytes before the bytes of a chunk.
 pub const PREFIX_LEN: usize = 4;
@@ -95,7 +99,7 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// Encodes chunks. Keeps its memory (about 1.5 MiB) from chunk to chunk.
+/// Encodes chunks. Keeps its memory ([`ENCODER_BYTES_MAX`]) from chunk to chunk.
 pub struct Encoder {
     packer: zstd_safe::CCtx<'static>,
     level: i32,
@@ -111,6 +115,11 @@ impl Encoder {
     /// An encoder of another zstd level.
     pub fn with_level(level: i32) -> Self {
         Self { packer: zstd_safe::CCtx::create(), level, packed: Vec::new() }
+    }
+
+    /// Goes on with another zstd level.
+    pub const fn set_level(&mut self, level: i32) {
+        self.level = level;
     }
 
     /// Appends the frame of `plain` to `out`: packed where that is shorter. A chunk is at most 16 MiB
@@ -314,6 +323,18 @@ mod tests {
                 let _ = decoder.decode(frame, geometry.chunk_len(chunk), &mut plain);
                 prop_assert!(plain.capacity() <= 1 << 13);
             }
+        }
+    }
+
+    #[test]
+    fn an_encoder_takes_no_more_memory_than_it_says() {
+        let chunk = device(1 << crate::chunk::CHUNK_LOG2);
+        let (mut encoder, mut out) = (Encoder::new(), Vec::new());
+        for level in [LEVEL - 1, LEVEL + 2, LEVEL, LEVEL + 1] {
+            encoder.set_level(level);
+            encoder.encode(&chunk, &mut out);
+            let taken = encoder.packer.sizeof() + encoder.packed.capacity();
+            assert!(taken <= ENCODER_BYTES_MAX, "{taken} at level {level}");
         }
     }
 

@@ -6,16 +6,21 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use layer::ChunkIndex;
-use layer::wire::Encoder;
+use layer::wire::{Encoder, LEVEL};
 use parking_lot::{Condvar, Mutex};
 
 use super::frames::Frames;
 
-/// Chunks that wait for a thread, for all ingests together: 8 MiB of plain bytes.
-const QUEUE_MAX: usize = 64;
-/// zstd level of who encodes because the queue is full: the machine, not the network, is then what readers wait for, so
-/// speed counts more than size (424 against 246 MB/s, 1.10 against 1.04 of the gzip layer).
-const HURRIED_LEVEL: i32 = 1;
+/// Chunks that wait for a thread, for all ingests together: 3 MiB of plain bytes.
+pub(super) const QUEUE_MAX: usize = 24;
+/// zstd level of who encodes because the queue is full: every core is at work then, and the ingest's end is what readers wait for.
+const HURRIED_LEVEL: i32 = LEVEL - 1;
+
+/// zstd level for a chunk behind which so many others wait: with little to do, twice the time for some 1 to 3 % less is well spent,
+/// since this is done once and the chunk travels to every node.
+const fn level(waiting: usize) -> i32 {
+    if waiting < QUEUE_MAX / 6 { LEVEL + 1 } else { LEVEL }
+}
 
 /// The threads. Dropping the last handle ends them.
 #[derive(Debug)]
@@ -33,6 +38,10 @@ struct Queue {
 #[derive(Debug, Default)]
 struct QueueState {
     jobs: VecDeque<Job>,
+    /// Places promised to jobs that are being made.
+    promised: usize,
+    /// Buffers of jobs that are done: fresh memory costs a page fault for every 4 KiB.
+    spare: Vec<Vec<u8>>,
     closed: bool,
 }
 
@@ -101,17 +110,14 @@ impl Drop for EncodePool {
 impl Batch {
     /// Encodes `chunk` soon; at once and on this thread where the queue is full. So an ingest is never slower than one
     /// core that reads and encodes, and what is queued stays bounded. Waiting instead would not be faster: when the queue is
-    /// full every core encodes already, and the quick level is the shortest way to the end that readers wait for.
+    /// full every core encodes already.
     pub fn push(&mut self, chunk: ChunkIndex, plain: &[u8]) {
-        {
-            let mut queue = self.queue.state.lock();
-            if queue.jobs.len() < QUEUE_MAX && !queue.closed {
-                self.state.progress.lock().queued += 1;
-                queue.jobs.push_back(Job { batch: Arc::clone(&self.state), chunk, plain: plain.to_vec() });
-                drop(queue);
-                self.queue.filled.notify_one();
-                return;
-            }
+        if let Some(mut buffer) = self.queue.promise() {
+            buffer.clear();
+            buffer.extend_from_slice(plain);
+            self.state.progress.lock().queued += 1;
+            self.queue.keep_promise(Job { batch: Arc::clone(&self.state), chunk, plain: buffer });
+            return;
         }
         self.frame.clear();
         self.encoder.encode(plain, &mut self.frame);
@@ -136,33 +142,68 @@ impl Batch {
 }
 
 impl Queue {
-    fn work(&self) {
-        let (mut encoder, mut frame) = (Encoder::new(), Vec::new());
-        while let Some(job) = self.next() {
-            frame.clear();
-            encoder.encode(&job.plain, &mut frame);
-            let written = job.batch.frames.append(job.chunk, &frame);
-            let mut progress = job.batch.progress.lock();
-            if let Err(error) = written {
-                progress.error.get_or_insert(error);
-            }
-            progress.queued -= 1;
-            if progress.queued == 0 {
-                job.batch.done.notify_all();
-            }
+    /// A place in the queue, with a buffer for the job; `None` where it is full.
+    fn promise(&self) -> Option<Vec<u8>> {
+        let mut state = self.state.lock();
+        if state.jobs.len() + state.promised >= QUEUE_MAX || state.closed {
+            return None;
+        }
+        state.promised += 1;
+        Some(state.spare.pop().unwrap_or_default())
+    }
+
+    fn keep_promise(&self, job: Job) {
+        let mut state = self.state.lock();
+        state.promised -= 1;
+        state.jobs.push_back(job);
+        if state.closed {
+            // All wait for the last promise then.
+            self.filled.notify_all();
+        } else {
+            self.filled.notify_one();
         }
     }
 
-    fn next(&self) -> Option<Job> {
+    fn work(&self) {
+        let (mut encoder, mut frame) = (Encoder::new(), Vec::new());
+        while let Some((job, level)) = self.next() {
+            frame.clear();
+            encoder.set_level(level);
+            encoder.encode(&job.plain, &mut frame);
+            let written = job.batch.frames.append(job.chunk, &frame);
+            let Job { batch, plain, .. } = job;
+            {
+                let mut progress = batch.progress.lock();
+                if let Err(error) = written {
+                    progress.error.get_or_insert(error);
+                }
+                progress.queued -= 1;
+                if progress.queued == 0 {
+                    batch.done.notify_all();
+                }
+            }
+            self.reuse(plain);
+        }
+    }
+
+    /// The next job and the level for it; `None` when no more will come.
+    fn next(&self) -> Option<(Job, i32)> {
         let mut state = self.state.lock();
         loop {
             if let Some(job) = state.jobs.pop_front() {
-                return Some(job);
+                return Some((job, level(state.jobs.len())));
             }
-            if state.closed {
+            if state.closed && state.promised == 0 {
                 return None;
             }
             self.filled.wait(&mut state);
+        }
+    }
+
+    fn reuse(&self, buffer: Vec<u8>) {
+        let mut state = self.state.lock();
+        if state.jobs.len() + state.promised + state.spare.len() < QUEUE_MAX {
+            state.spare.push(buffer);
         }
     }
 }
@@ -172,6 +213,13 @@ mod tests {
     use layer::wire::{Decoder, Frame};
 
     use super::*;
+
+    #[test]
+    fn levels_fall_with_what_waits() {
+        let levels: Vec<_> = (0..QUEUE_MAX).map(level).collect();
+        assert!(levels.is_sorted_by(|a, b| a >= b));
+        assert!(levels.iter().all(|level| *level >= LEVEL) && HURRIED_LEVEL < LEVEL);
+    }
 
     #[test]
     fn more_chunks_than_the_queue_holds_all_arrive() {
