@@ -20,5 +20,8 @@ pub mod serve;
 pub mod source;
 pub mod span_pass;
 pub mod store;
+#[allow(unsafe_code)]
+mod sys;
 
 pub use node::{DiskUse, Incoming, Node, NodeConfig};
+pub use sys::{bound_malloc, trim_malloc};

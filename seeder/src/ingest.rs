@@ -45,6 +45,7 @@ enum End {
 
 /// Ingests all layers of the images; fails if one could not be ingested.
 pub(crate) fn run(config: Config, args: &IngestArgs) -> anyhow::Result<()> {
+    node::bound_malloc();
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(ingest(config, args))
 }
 

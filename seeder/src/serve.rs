@@ -18,6 +18,7 @@ use crate::config::Config;
 
 /// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(config: Config) -> anyhow::Result<()> {
+    node::bound_malloc();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(serve(config));
     // A pass over a blob may stand in a read of its registry; it is not waited for: what it wrote is resumed.

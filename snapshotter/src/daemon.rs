@@ -33,7 +33,6 @@ use crate::mount::layers::LayerMounts;
 use crate::mount::probe::Ability;
 use crate::snapshots::Store;
 use crate::status::service::StatusService;
-use crate::sys;
 
 /// How long an orderly stop waits for calls that are under way. A `Prepare` that takes longer is repeated by containerd.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
@@ -54,7 +53,7 @@ pub struct Handed {
 /// The runtime that [`serve`] runs on, in a process that keeps little of the memory that it needed for a moment. To be called before
 /// there are other threads.
 pub fn runtime() -> io::Result<Runtime> {
-    sys::bound_malloc();
+    node::bound_malloc();
     Builder::new_multi_thread().enable_all().build()
 }
 

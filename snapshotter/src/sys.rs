@@ -19,31 +19,6 @@ pub(crate) fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Bounds what the C library's allocator keeps of freed memory. Its defaults (eight arenas a processor, a size for mappings of
-/// their own that grows up to 32 MiB) suit programs that allocate evenly; here an image build or a burst of chunks is followed
-/// by nothing.
-pub(crate) fn bound_malloc() {
-    #[cfg(target_env = "gnu")]
-    for (parameter, value) in [
-        (nix::libc::M_ARENA_MAX, 2),
-        // Above a chunk with its wire form, so that those are reused; what is larger goes back to the kernel when it is freed.
-        (nix::libc::M_MMAP_THRESHOLD, 512 << 10),
-        (nix::libc::M_TRIM_THRESHOLD, 1 << 20),
-    ] {
-        // SAFETY: takes two numbers and touches nothing but the allocator, which does its own locking.
-        unsafe { nix::libc::mallopt(parameter, value) };
-    }
-}
-
-/// Gives all freed memory back to the kernel.
-pub(crate) fn trim_malloc() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: frees nothing that is in use, and the allocator does its own locking.
-    unsafe {
-        nix::libc::malloc_trim(0);
-    }
-}
-
 /// Lets go of the pages of this process's program and libraries: they stay in the page cache and come back, where they are used,
 /// one by one. For a process that used most of them to start, and then waits.
 pub(crate) fn release_program() {

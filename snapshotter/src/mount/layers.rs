@@ -20,7 +20,6 @@ use super::helper::{self, Helper};
 use super::lower::LowerRoots;
 use super::table::mounts_below;
 use crate::snapshots::{LazyBacking, StoreError};
-use crate::sys;
 
 /// Why a layer could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -152,7 +151,7 @@ impl LayerMounts {
             let built = self.build(chain, layer, lowers);
             // The tree of a layer takes some hundred bytes a path, and no other allocation will need as much.
             if layer.header().entry_count() > TRIM_ENTRIES {
-                sys::trim_malloc();
+                node::trim_malloc();
             }
             built?;
             // The thread lives as long as this sender.
