@@ -6,6 +6,7 @@
 //! - [`known`]: a layer that was ingested.
 //! - [`ledger`], [`room`]: how much of the disk all that takes, and what goes when it is too much.
 //! - [`pass`]: the one pass over a blob.
+//! - [`window`]: memory that passes over zstd blobs share.
 //! - [`refill`]: wire forms made again.
 //! - [`serving`]: index sections and chunks for other machines.
 //! - [`control`]: the gRPC service that starts an ingest.
@@ -20,6 +21,7 @@ mod refill;
 mod room;
 mod serving;
 pub mod store;
+mod window;
 
 use std::collections::HashMap;
 use std::io;
@@ -39,6 +41,7 @@ use self::known::Known;
 use self::ledger::{Ledger, Reservation};
 use self::pass::{Pass, PassError};
 use self::store::{IncomingBlob, Store};
+use self::window::Windows;
 use crate::config::CacheConfig;
 use crate::registry::{self, Fault, RegistryError};
 use crate::security::{Signed, Signer};
@@ -47,7 +50,23 @@ use crate::store::{Disk, Room};
 
 /// Bytes of a blob between the network and the pass over it, so that neither waits for the other's jitter. Bytes and not
 /// pieces, of which each may have some hundred KiB.
-const AHEAD_BYTES_MAX: usize = 4 << 20;
+const AHEAD_BYTES_MAX: usize = 2 << 20;
+/// The most threads that encode unless the configuration says otherwise: they and three passes, which encode as well when they
+/// are faster, keep up with a fast network.
+const ENCODE_THREADS_MAX: usize = 4;
+
+/// What all ingests hold in memory at most with the default options, however large their layers are. Besides, there is what
+/// becomes the indexes, about 1 % of the blobs.
+const MEMORY_MAX: u64 = 64 << 20;
+const _: () = {
+    // Buffers for reading and for the device, a decoder without its window, and two more for the windows of checkpoints.
+    let pass = window::WINDOW_FREE + (3 << 18);
+    let ingests = CONCURRENT as u64 * (AHEAD_BYTES_MAX as u64 + pass);
+    // A pass has an encoder too.
+    let encoders = (ENCODE_THREADS_MAX + CONCURRENT) as u64 * layer::wire::ENCODER_BYTES_MAX as u64;
+    let queue = encode::QUEUE_MAX as u64 * (1 << layer::chunk::CHUNK_LOG2);
+    assert!(ingests + encoders + queue + window::WINDOWS_MAX + registry::AHEAD_BYTES_MAX <= MEMORY_MAX);
+};
 /// How long a failure is the answer to everyone who asks, before it is tried again: so that a thousand nodes that ask
 /// again at once do not become a thousand requests to a registry in trouble.
 /// Doubled with each failure in a row, up to [`FAILURE_REST_MAX`].
@@ -55,6 +74,8 @@ const FAILURE_REST: Duration = Duration::from_secs(2);
 const FAILURE_REST_MAX: Duration = Duration::from_secs(30);
 /// How often a waiting ingest tells that others move.
 const TELL_WAITING: Duration = Duration::from_millis(500);
+/// Blobs that are ingested at the same time unless the configuration says otherwise.
+const CONCURRENT: usize = 3;
 /// The most ingests that wait or run.
 const FLIGHTS_MAX: usize = 4096;
 
@@ -75,11 +96,11 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 3 at a time, a thread for each core, 64 GiB, all of the disk but its floor.
+    /// 3 at a time, a thread for each core up to 6, 64 GiB, all of the disk but its floor.
     fn default() -> Self {
         Self {
-            concurrent: 3,
-            encode_threads: std::thread::available_parallelism().map_or(1, usize::from).min(16),
+            concurrent: CONCURRENT,
+            encode_threads: std::thread::available_parallelism().map_or(1, usize::from).min(ENCODE_THREADS_MAX),
             blob_size_max: 64 << 30,
             cache: CacheConfig::default(),
             layer: layer_ingest::Options::default(),
@@ -171,9 +192,12 @@ struct Shared {
     /// Permits to run an ingest.
     turns: Semaphore,
     /// Bytes of blobs that came, of all ingests.
-    read: AtomicU64,
+    read: Arc<AtomicU64>,
+    windows: Windows,
     /// Permits to make chunks again from a blob.
     refills: Arc<Semaphore>,
+    /// The permit to do so from the start of a large zstd frame, which takes much memory.
+    long_refill: Arc<Semaphore>,
     ledger: Ledger,
     /// Held while room is made.
     evicting: Mutex<()>,
@@ -221,7 +245,9 @@ impl Ingester {
             options,
             encode: EncodePool::new(options.encode_threads)?,
             turns: Semaphore::new(options.concurrent.max(1)),
-            read: AtomicU64::new(0),
+            read: Arc::default(),
+            windows: Windows::new(),
+            long_refill: Arc::new(Semaphore::new(1)),
             refills: Arc::new(Semaphore::new(options.encode_threads.max(1))),
             ledger,
             evicting: Mutex::default(),
@@ -376,8 +402,13 @@ impl Ingester {
         *flight.ended.lock() = Some(Instant::now());
         let is_known = matches!(end, Phase::Ready(_));
         flight.phase.send_replace(end);
+        let mut flights = self.shared.flights.lock();
         if is_known {
-            self.shared.flights.lock().remove(&blob.digest);
+            flights.remove(&blob.digest);
+        }
+        if flights.values().all(|flight| flight.ended.lock().is_some()) {
+            // Nothing follows for a while.
+            tokio::task::spawn_blocking(crate::trim_malloc);
         }
     }
 
@@ -388,11 +419,7 @@ impl Ingester {
             match tokio::time::timeout(TELL_WAITING, turn.as_mut()).await {
                 Ok(turn) => return turn.ok(),
                 Err(_) => {
-                    let read = self.shared.read.load(Ordering::Relaxed);
-                    flight.phase.send_if_modified(|phase| match phase {
-                        Phase::Running(progress) => std::mem::replace(&mut progress.ahead_read, read) != read,
-                        _ => false,
-                    });
+                    tell_ahead(&flight.phase, &self.shared.read);
                 }
             }
         }
@@ -464,6 +491,8 @@ impl Ingester {
                 let shared = Arc::clone(&self.shared);
                 Box::new(move |bytes| shared.cover(&mut reservation.lock(), bytes))
             },
+            window: self.shared.windows.none(),
+            read: Arc::clone(&self.shared.read),
             phase: flight.phase.clone(),
             options: self.shared.options.layer,
         };
@@ -571,6 +600,15 @@ impl Ingester {
             }
         }
     }
+}
+
+/// Tells who waits for an ingest that waits how much came for others.
+fn tell_ahead(phase: &watch::Sender<Phase>, read: &AtomicU64) {
+    let read = read.load(Ordering::Relaxed);
+    phase.send_if_modified(|phase| match phase {
+        Phase::Running(progress) => std::mem::replace(&mut progress.ahead_read, read) != read,
+        _ => false,
+    });
 }
 
 /// A piece of a blob, counted until it is dropped.

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use layer::index::{Compression, Index};
@@ -12,7 +13,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::encode::Batch;
 use super::frames::Frames;
-use super::{Ended, IngestFailure, Phase, Piece};
+use super::window::{WINDOW_FREE, Window};
+use super::{Ended, IngestFailure, Phase, Piece, TELL_WAITING, tell_ahead};
 use crate::source::BlobRef;
 
 /// How often progress is told.
@@ -38,6 +40,10 @@ pub(super) struct Pass {
     pub(super) frames: Arc<Frames>,
     /// Sees to it that so many bytes may be on the disk.
     pub(super) cover: Box<dyn FnMut(u64) -> io::Result<()> + Send>,
+    /// Memory for the windows of zstd frames.
+    pub(super) window: Window,
+    /// Bytes of blobs that came, of all ingests.
+    pub(super) read: Arc<AtomicU64>,
     pub(super) phase: watch::Sender<Phase>,
     pub(super) options: Options,
 }
@@ -71,6 +77,7 @@ impl Pass {
         // The size is what somebody asked with; the digest decides what the blob is.
         let ingest = Ingest::new(blob.digest, None, compression, self.options);
         let mut ingest = ingest.map_err(io::Error::other)?;
+        ingest.limit_window(WINDOW_FREE);
         let mut told = Instant::now();
 
         if self.blob_here > 0 {
@@ -100,6 +107,11 @@ impl Pass {
     fn take(&mut self, ingest: &mut Ingest, bytes: &[u8], told: &mut Instant) -> Result<(), PassError> {
         let pushed = ingest.push(bytes, &mut |chunk, plain, _| self.batch.push(chunk, plain));
         pushed.map_err(|error| PassError::Stopped(ended(&self.blob, &error)))?;
+        while let Some(window) = ingest.window_wanted() {
+            let Self { window: memory, batch, phase, read, .. } = self;
+            memory.take(window, TELL_WAITING, || tell_ahead(phase, read));
+            ingest.allow_window(window, &mut |chunk, plain, _| batch.push(chunk, plain));
+        }
         if let Some(failure) = ingest.failure() {
             self.tell_failure(&failure);
         }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use layer::ChunkIndex;
@@ -15,7 +15,7 @@ use layer::index::{ChunkDigests, Section, Span, Spans};
 use layer::span::SpanInflater;
 use layer::wire::Encoder;
 use parking_lot::Mutex;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::watch;
 
 use super::Shared;
 use super::frames::Frames;
@@ -34,8 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The passes over one layer's blob.
 #[derive(Debug, Default)]
 pub(super) struct Refills {
-    /// What passes work with; read when the first begins.
-    loaded: Arc<OnceCell<Loaded>>,
+    /// What passes work with, as long as one does.
+    loaded: tokio::sync::Mutex<Weak<Loaded>>,
     running: Mutex<Vec<Arc<Refill>>>,
 }
 
@@ -77,20 +77,11 @@ impl Refills {
     /// not somebody waits.
     pub(super) async fn make(&self, known: &Arc<Known>, chunk: ChunkIndex, shared: &Arc<Shared>) -> io::Result<Made> {
         let (known, chunk) = (Arc::clone(known), chunk.0);
-        let loaded = Arc::clone(&self.loaded);
-        self.loaded
-            .get_or_try_init(|| {
-                super::blocking({
-                    let known = Arc::clone(&known);
-                    move || Loaded::read(&known)
-                })
-            })
-            .await?;
+        let loaded = self.loaded(&known).await?;
         let refill = self.joined(known, loaded, chunk, shared)?;
         let mut reached = refill.reached.subscribe();
         let arrival = reached.wait_for(|reached| reached.next > chunk || reached.end.is_some());
-        let is_long = refill.chunks.end - refill.chunks.start > LONG;
-        let reached = match is_long {
+        let reached = match refill.is_long() {
             true => match tokio::time::timeout(PATIENCE, arrival).await {
                 Ok(reached) => reached,
                 Err(_) => return Ok(Made::Later),
@@ -108,11 +99,23 @@ impl Refills {
         self.running.lock().len()
     }
 
+    /// What passes work with, read by the first of those that run at the same time.
+    async fn loaded(&self, known: &Arc<Known>) -> io::Result<Arc<Loaded>> {
+        let mut loaded = self.loaded.lock().await;
+        if let Some(loaded) = loaded.upgrade() {
+            return Ok(loaded);
+        }
+        let known = Arc::clone(known);
+        let read = super::blocking(move || Loaded::read(&known).map(Arc::new)).await?;
+        *loaded = Arc::downgrade(&read);
+        Ok(read)
+    }
+
     /// A pass that will come to `chunk`: one under way, else a new one.
     fn joined(
         &self,
         known: Arc<Known>,
-        loaded: Arc<OnceCell<Loaded>>,
+        loaded: Arc<Loaded>,
         chunk: u32,
         shared: &Arc<Shared>,
     ) -> io::Result<Arc<Refill>> {
@@ -122,27 +125,31 @@ impl Refills {
         if let Some(refill) = running.iter().find(comes) {
             return Ok(Arc::clone(refill));
         }
-        let chunks = loaded.get().map(|loaded| whole_chunks(&known, loaded.covering(chunk)));
-        let chunks = chunks.filter(|chunks| chunks.contains(&chunk));
-        let chunks = chunks.ok_or_else(|| invalid(format!("no span holds chunk {chunk}")))?;
+        let chunks = whole_chunks(&known, loaded.covering(chunk));
+        if !chunks.contains(&chunk) {
+            return Err(invalid(format!("no span holds chunk {chunk}")));
+        }
         let reached = watch::Sender::new(Reached { next: chunks.start, end: None });
         let refill = Arc::new(Refill { chunks, reached });
         running.push(Arc::clone(&refill));
         let (shared, pass) = (Arc::clone(shared), Arc::clone(&refill));
         tokio::spawn(async move {
+            let alone = match pass.is_long() {
+                true => Some(Arc::clone(&shared.long_refill).acquire_owned().await),
+                false => None,
+            };
             let permit = Arc::clone(&shared.refills).acquire_owned().await;
             let run = Arc::clone(&pass);
             let work = move || {
-                let loaded = loaded.get().ok_or_else(|| invalid("the spans are not loaded"))?;
                 let mut reservation = shared.ledger.reservation();
                 let covered = shared.cover(&mut reservation, loaded.bytes_for(chunk));
-                let end = covered.and_then(|()| run.run(&known, loaded, chunk));
+                let end = covered.and_then(|()| run.run(&known, &loaded, chunk));
                 drop(reservation);
                 shared.settle(known.header().blob());
                 end
             };
             let end = super::blocking(work).await;
-            drop(permit);
+            drop((permit, alone));
             let end = end.map_err(|error| (error.kind(), error.to_string()));
             pass.reached.send_modify(|reached| reached.end = Some(end));
         });
@@ -151,6 +158,10 @@ impl Refills {
 }
 
 impl Refill {
+    const fn is_long(&self) -> bool {
+        self.chunks.end - self.chunks.start > LONG
+    }
+
     fn run(&self, known: &Known, loaded: &Loaded, chunk: u32) -> io::Result<()> {
         let spans = loaded.covering(chunk);
         let frames = known.frames();

@@ -19,7 +19,9 @@ use crate::source::BlobRef;
 /// Bytes of a range that is fetched ahead: large enough that a request's round trip does not count.
 const RANGE_LEN: u64 = 2 << 20;
 /// The most ranges ahead of all downloads of a client together; they are what its downloads hold in memory.
-pub(super) const AHEAD_MAX: usize = 6;
+pub(super) const AHEAD_MAX: usize = 3;
+/// What those ranges have together.
+pub(crate) const AHEAD_BYTES_MAX: u64 = AHEAD_MAX as u64 * RANGE_LEN;
 /// The most connections of a download.
 const WIDTH_MAX: usize = 4;
 /// How long a rate is measured.
