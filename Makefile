@@ -7,7 +7,7 @@
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
-#   make bench-kernels  scanning, image writing and ingest
+#   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
 #   make nightly        what takes too long for every change
 
 SHELL := bash
@@ -105,8 +105,9 @@ fuzz: setup-fuzz
 	@CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(FUZZ_SECONDS)
 
 .PHONY: bench-single bench-files bench-footprint bench-kernels
-# Scanning, image writing and ingest, with criterion.
+# Tables of ingest, of layers made from /usr or those in BLOBS; then scanning, inflating and the wire form, with criterion.
 bench-kernels:
+	$(CARGO) bench -p node --bench ingest -- $(BLOBS)
 	$(CARGO) bench -p layer
 
 .PHONY: bench-programs
