@@ -133,6 +133,15 @@ struct Wanted {
     host: Option<String>,
 }
 
+/// A layer of the node, and what is known of its blob.
+struct Known {
+    layer: Arc<Layer>,
+    /// Where the blob can be had.
+    place: BlobRef,
+    /// Namespace in whose content store the blob is, if it is there.
+    content_namespace: Option<String>,
+}
+
 impl LazyLayers for ImageLayers {
     async fn prepare(&self, request: PrepareLazy<'_>) -> LazyOutcome {
         match self.try_prepare(&request).await {
@@ -175,17 +184,34 @@ impl ImageLayers {
         }
         let target: ChainId = request.target.parse().map_err(|_| Decline::Target(request.target.to_owned()))?;
         let parent = self.parent_chain(request.parent)?;
-        let Wanted { mut places, diff_id: expected, above, host } = self.wanted(request, target).await?;
+        let wanted = self.wanted(request, target).await?;
+        let expected = wanted.diff_id;
+        let Known { layer, place, content_namespace } = self.make_known(request, wanted).await?;
+        let (blob, diff_id) = (layer.header().blob(), layer.header().diff_id());
+        if let Some(expected) = expected.filter(|expected| *expected != diff_id) {
+            return Err(Decline::DiffId { blob, diff_id, expected });
+        }
+        if ChainId::on(parent, diff_id) != target {
+            return Err(Decline::Chain { blob, diff_id, target });
+        }
+        let backing = LazyBacking { content_namespace, ..LazyBacking::new(&place, diff_id, target) };
+        self.commit(request, backing).await
+    }
+
+    /// Finds out where the blob is best had from, and waits until its layer is known.
+    async fn make_known(&self, request: &PrepareLazy<'_>, wanted: Wanted) -> Result<Known, Decline> {
+        let Wanted { mut places, above, host, .. } = wanted;
         let known: HashSet<Digest> = self.node.layers().iter().map(|layer| layer.header().blob()).collect();
-        let mut content_namespace = None;
+        let is_known = |place: &BlobRef| known.contains(&place.digest);
         // A blob that the node knows is had from there at once, whatever place comes first.
-        places.sort_by_key(|place| !known.contains(&place.digest));
+        places.sort_by_key(|place| !is_known(place));
         let Some(place) = places.first().cloned() else { return Err(Decline::Target(request.target.to_owned())) };
+        let mut content_namespace = None;
         if let Some(namespace) = request.namespace
             && !self.is_complete(place.digest)
             && self.is_local(namespace, place.digest).await
         {
-            if !known.contains(&place.digest) {
+            if !is_known(&place) {
                 return Err(Decline::BlobIsLocal(place.digest));
             }
             content_namespace = Some(namespace.to_owned());
@@ -193,7 +219,7 @@ impl ImageLayers {
         let Some(resolution) = self.resolutions.start(places) else { return Err(Decline::Removed(place.digest)) };
         // The whole image is resolved at its first Prepare: containerd asks for one layer after the other.
         for places in above {
-            if !places.iter().any(|place| known.contains(&place.digest)) {
+            if !places.iter().any(is_known) {
                 self.resolutions.start(places);
             }
         }
@@ -206,27 +232,25 @@ impl ImageLayers {
             Some(host) => Decline::Port { host, source },
             None => source.into(),
         })?;
-        let (blob, diff_id) = (layer.header().blob(), layer.header().diff_id());
-        if let Some(expected) = expected.filter(|expected| *expected != diff_id) {
-            return Err(Decline::DiffId { blob, diff_id, expected });
-        }
-        if ChainId::on(parent, diff_id) != target {
-            return Err(Decline::Chain { blob, diff_id, target });
-        }
+        Ok(Known { layer, place, content_namespace })
+    }
+
+    /// Mounts the layer of `backing` and commits the snapshot that `request` asks for.
+    async fn commit(&self, request: &PrepareLazy<'_>, backing: LazyBacking) -> Result<(), Decline> {
+        let diff_id = backing.diff_id;
         let hold = self.store.hold(diff_id).await;
         // Between the answer and the hold another image's removal may have let the layer go.
         let layer = self.node.layer(diff_id).ok_or(Decline::Removed(diff_id))?;
-        let backing = LazyBacking { content_namespace, ..LazyBacking::new(&place, diff_id, target) };
         self.add_content_source(&layer, &backing);
         let (store, mounts) = (self.store.clone(), self.mounts.clone());
-        let (name, parent_name) = (request.target.to_owned(), request.parent.map(str::to_owned));
+        let (name, parent) = (request.target.to_owned(), request.parent.map(str::to_owned));
         let labels = request.labels.clone();
         let commit = move || -> Result<(), Decline> {
-            mounts.attach(target, &layer, store.lowers(parent_name.as_deref()))?;
+            mounts.attach(backing.chain_id, &layer, store.lowers(parent.as_deref()))?;
             // Containerd reads it once and keeps it: what the layer takes unpacked, not what is here of it now.
             let unpacked = layer.unpacked().map_err(|error| Decline::Record(error.to_string()))?;
             let usage = Usage { size_bytes: unpacked.bytes, inodes: unpacked.inodes };
-            let commit = LazyCommit { target: &name, parent: parent_name.as_deref(), labels, backing, usage };
+            let commit = LazyCommit { target: &name, parent: parent.as_deref(), labels, backing, usage };
             store.commit_lazy(&hold, commit).map_err(|error| Decline::Record(error.to_string()))?;
             Ok(())
         };
