@@ -132,16 +132,17 @@ impl Layer {
     /// The layer's paths, read from disk and parsed with each call.
     pub fn tree(&self) -> Result<Tree, StoreError> {
         let bytes = self.store.section(Section::Entries)?.ok_or_else(|| self.missing(Section::Entries))?;
-        Ok(parse_entries(self.header(), &bytes)?)
+        let tree = parse_entries(self.header(), &bytes)?;
+        self.unpacked.get_or_init(|| tree.unpacked());
+        Ok(tree)
     }
 
-    /// What the layer would take if it were unpacked. Parses its entries at the first call.
+    /// What the layer would take if it were unpacked. Parses its entries where [`Layer::tree`] has not done so yet.
     pub fn unpacked(&self) -> Result<Unpacked, StoreError> {
-        if let Some(unpacked) = self.unpacked.get() {
-            return Ok(*unpacked);
+        match self.unpacked.get() {
+            Some(unpacked) => Ok(*unpacked),
+            None => Ok(self.tree()?.unpacked()),
         }
-        let unpacked = self.tree()?.unpacked();
-        Ok(*self.unpacked.get_or_init(|| unpacked))
     }
 
     /// How long nobody has asked for the layer to be mounted.

@@ -86,11 +86,13 @@ fn look(root: &Path, path: &[u8]) -> rustix::io::Result<Option<DirectoryAttribut
 
 /// All extended attributes but overlayfs' own marks, sorted by name.
 fn xattrs(directory: &OwnedFd) -> rustix::io::Result<Vec<Xattr>> {
-    let mut names = vec![0_u8; 65536];
-    let length = match rustix::fs::flistxattr(directory.as_fd(), &mut names[..]) {
-        Err(rustix::io::Errno::NOTSUP) => 0,
+    // Mostly there are none: asked first, as the room for the most that there can be has to be cleared.
+    let size = match rustix::fs::flistxattr(directory.as_fd(), &mut [] as &mut [u8]) {
+        Err(rustix::io::Errno::NOTSUP) | Ok(0) => return Ok(Vec::new()),
         answer => answer?,
     };
+    let mut names = vec![0_u8; size];
+    let length = rustix::fs::flistxattr(directory.as_fd(), &mut names[..])?;
     let mut xattrs = Vec::new();
     for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
