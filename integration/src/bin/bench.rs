@@ -28,6 +28,9 @@ struct Arguments {
     /// Time stargz-snapshotter and soci-snapshotter too
     #[arg(long)]
     rivals: bool,
+    /// Leave containerd's full pull out, which takes longest: nothing to compare with, but enough to look into a start
+    #[arg(long)]
+    without_overlayfs: bool,
     /// Starts of each sort at each speed
     #[arg(long, default_value_t = 3)]
     runs: usize,
@@ -84,7 +87,8 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
         subjects.insert(*rival, Subject { reference, program: program.map(str::to_owned).to_vec() });
     }
 
-    let ways: Vec<Way> = Way::ALL.into_iter().chain(rivals.iter().copied().map(Way::Rival)).collect();
+    let own = Way::ALL.into_iter().filter(|way| *way != Way::Overlayfs || !arguments.without_overlayfs);
+    let ways: Vec<Way> = own.chain(rivals.iter().copied().map(Way::Rival)).collect();
     let mut starts: Vec<(u32, Way, Start)> = Vec::new();
     for number in 1..=arguments.runs {
         for &speed in &arguments.speeds {
@@ -142,7 +146,12 @@ fn report(arguments: &Arguments, ways: &[Way], starts: &[(u32, Way, Start)], com
         let base = median(of(Way::Overlayfs).map(first));
         for &way in ways {
             let time = median(of(way).map(first));
-            let (least, most) = spread(of(way).zip(of(Way::Overlayfs)).map(|(a, b)| first(a) / first(b)));
+            let ratio = if ways.contains(&Way::Overlayfs) {
+                let (least, most) = spread(of(way).zip(of(Way::Overlayfs)).map(|(a, b)| first(a) / first(b)));
+                format!("{:.3} | {least:.3} to {most:.3}", time / base)
+            } else {
+                " | ".to_owned()
+            };
             let share = |bytes: Option<u64>| bytes.map_or(f64::NAN, |bytes| bytes as f64);
             let entered = |bytes: f64| format!("{:.1} MB ({:.0} %)", bytes / 1e6, bytes / compressed as f64 * 100.0);
             let is_drover = matches!(way, Way::DroverNew | Way::DroverKnown);
@@ -158,9 +167,8 @@ fn report(arguments: &Arguments, ways: &[Way], starts: &[(u32, Way, Start)], com
             let seeder = median(of(way).map(|start| share(start.seeder_bytes))) / 1e6;
             writeln!(
                 text,
-                "| {speed} | {} | {time:.2} s | {:.3} | {least:.3} to {most:.3} | {} | {} | {} {end}| {} |",
+                "| {speed} | {} | {time:.2} s | {ratio} | {} | {} | {} {end}| {} |",
                 way.label(),
-                time / base,
                 entered(median(of(way).map(|start| share(start.node_bytes_first)))),
                 if is_drover { format!("{seeder:.1} MB") } else { String::new() },
                 usage(of(way).map(|start| start.node_usage_first)),
