@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::counters::{CounterValues, Counters};
 use crate::driver::Inbox;
-use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits};
+use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits, around};
 use crate::source::Source;
 use crate::store::{Added, Held, LayerStore, StoreError, Unstored};
 
@@ -303,20 +303,29 @@ impl Layer {
         let range = self.clamp(range);
         self.observe(&range);
         let chunks = self.geometry().covering(range.clone());
+        if !self.streams.is_off() && !chunks.is_empty() && !self.complete.load(Ordering::Acquire) {
+            // The driver is woken by the wait, so that what is waited for is asked for first.
+            self.note_ahead(around(&chunks, self.geometry(), |run| self.store.count_here(run)));
+        }
         self.enter(Waiting::new(range, chunks, Instant::now(), on_done))
     }
 
     /// Wants the missing chunks of `range` soon, without waiting for them.
     pub fn prefetch(&self, range: Range<u64>) {
         let run = self.geometry().covering(self.clamp(range));
-        if run.is_empty() || self.is_complete() {
-            return;
-        }
-        let mut ahead = self.ahead.lock();
-        if ahead.len() < AHEAD_MAX {
-            ahead.push(run);
+        if !run.is_empty() && !self.is_complete() && self.note_ahead(run) {
             self.inbox.touch(self.key());
         }
+    }
+
+    /// Leaves a run for the driver; `false`: too many are left already.
+    fn note_ahead(&self, run: Range<u32>) -> bool {
+        let mut ahead = self.ahead.lock();
+        let has_room = ahead.len() < AHEAD_MAX;
+        if has_room {
+            ahead.push(run);
+        }
+        has_room
     }
 
     /// Takes the plain bytes of a chunk that came in another way than from a source. Gives whether they are the chunk.

@@ -421,6 +421,11 @@ impl LayerStore {
         self.here.next_gap(from)
     }
 
+    /// How many chunks of `run` are on the device, suspect ones included.
+    pub(crate) fn count_here(&self, run: Range<u32>) -> u32 {
+        run.map(|chunk| u32::from(self.here.get(chunk))).sum()
+    }
+
     /// Bytes that the device takes on the disk, as of the last look.
     pub(crate) fn disk_bytes(&self) -> u64 {
         self.charged.load(Ordering::Relaxed)
