@@ -27,6 +27,7 @@ use crate::fuse::{self, DeviceMount, ReadAhead, SessionOptions};
 use crate::lazy::devices::LayerDevices;
 use crate::lazy::hints::Hints;
 use crate::lazy::images::Images;
+use crate::lazy::labels;
 use crate::lazy::prepare::ImageLayers;
 use crate::lazy::resolutions::Resolutions;
 use crate::mount::layers::LayerMounts;
@@ -119,6 +120,7 @@ pub async fn serve(
             })
     );
     ready()?;
+    tokio::task::spawn_blocking(labels::compile_grammar);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         socket = %config.socket().display(),

@@ -25,6 +25,7 @@ use snapshotter::fuse::{self, DeviceMount, SessionOptions};
 use snapshotter::lazy::devices::LayerDevices;
 use snapshotter::lazy::hints::Hints;
 use snapshotter::lazy::images::Images;
+use snapshotter::lazy::labels;
 use snapshotter::lazy::prepare::ImageLayers;
 use snapshotter::lazy::resolutions::Resolutions;
 use snapshotter::mount::layers::LayerMounts;
@@ -140,6 +141,8 @@ async fn prepare_all(root: &Path) -> Duration {
     let channel = Endpoint::from_static("http://drover").connect_with_connector(connect).await.expect("connects");
     let mut client = SnapshotsClient::new(channel);
 
+    // As the daemon does when it starts.
+    labels::compile_grammar();
     let blobs: Vec<Digest> = all.iter().map(|parts| parts.header.blob()).collect();
     let begun = Instant::now();
     let mut parent: Option<ChainId> = None;

@@ -19,6 +19,12 @@ pub const MANIFEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 /// Digest of the uncompressed layer. Since containerd 2.3 every pull has it.
 pub const DIFF_ID: &str = "containerd.io/snapshot/diff-id";
 
+/// Compiles the grammar of image references, which else the first pull would wait for: some 20 ms.
+pub fn compile_grammar() {
+    // What it says does not matter.
+    let _ = "a".parse::<Reference>();
+}
+
 /// What a pull says of the layer that it prepares.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PullLabels {
