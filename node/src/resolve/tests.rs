@@ -264,8 +264,9 @@ async fn without_spans_and_seeder_the_registry_says_what_is_missing() {
     // No background fetch of spans gets its turn.
     let _all = Arc::clone(&resolver.background).acquire_many_owned(BACKGROUND as u32).await.unwrap();
     let layer = resolve(&resolver, &scene.blob).await.unwrap();
-    drop(seeder);
-    let spans = LayerSpans { layer: Arc::downgrade(&layer), seeders: resolver.seeders.clone(), loaded: Arc::default() };
+    // One that was stopped may go on to serve for a moment.
+    let nobody = seeder::Client::new(&SeederAddresses::default(), Security::Off, seeder::Options::default());
+    let spans = LayerSpans { layer: Arc::downgrade(&layer), seeders: nobody, loaded: Arc::default() };
     let geometry = layer.geometry();
     let source = RegistrySource::new(resolver.registry.clone(), scene.blob.clone(), geometry, spans);
     let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
