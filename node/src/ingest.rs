@@ -96,7 +96,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// 3 at a time, a thread for each core up to 6, 64 GiB, all of the disk but its floor.
+    /// 3 at a time, a thread for each core up to 4, 64 GiB, all of the disk but its floor.
     fn default() -> Self {
         Self {
             concurrent: CONCURRENT,
