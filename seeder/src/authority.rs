@@ -6,6 +6,9 @@ use std::time::Duration;
 use clap::Subcommand;
 use node::security::{Role, ca, token};
 
+/// Nodes renew after two thirds of that; shorter, and a seeder's restart may take too long.
+const VALIDITY_MIN: Duration = Duration::from_secs(600);
+
 /// Commands on the authority.
 #[derive(Subcommand)]
 pub(crate) enum CaCommand {
@@ -88,6 +91,9 @@ pub(crate) fn run(command: CaCommand) -> anyhow::Result<()> {
             let options = ca::CertificateOptions { role, name, addresses: address, validity };
             let issued = ca::issue(&dir, out.as_deref().unwrap_or(&dir), &options, replace)?;
             println!("{}\n{}", issued.certificate.display(), issued.key.display());
+        }
+        CaCommand::Token { validity, .. } if validity < VALIDITY_MIN => {
+            anyhow::bail!("--validity is at least {} minutes", VALIDITY_MIN.as_secs() / 60);
         }
         CaCommand::Token { dir, lifetime, validity } => println!("{}", token::create(&dir, lifetime, validity)?),
         CaCommand::Rotate { dir, validity } => ca::rotate(&dir, validity)?,

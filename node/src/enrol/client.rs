@@ -12,10 +12,12 @@ use crate::security::token::{Token, TokenError};
 use crate::security::{Identity, Role, ca};
 use crate::seeder::{Client, SeederError};
 
-/// Pause after a try that failed; it doubles up to [`PAUSE_MAX`].
+/// Pause after a try that failed; it doubles up to one of those below.
 const PAUSE: Duration = Duration::from_secs(1);
 /// A node that waits for its first certificate should not wait long once a seeder is there.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A renewal has a third of the certificate's validity, so a seeder that is away for days is not asked each minute.
+const RENEWAL_PAUSE_MAX: Duration = Duration::from_secs(3600);
 /// Longest sleep: clocks are set, machines sleep.
 const SLEEP_MAX: Duration = Duration::from_secs(6 * 3600);
 
@@ -60,11 +62,17 @@ pub async fn run(identity: Arc<Identity>, seeders: Client, token: PathBuf) {
             None => enrol(&identity, &seeders, &token).await,
         };
         if let Err(error) = done {
-            match valid.and_then(|valid| valid.end.duration_since(now).ok()) {
-                Some(left) => tracing::warn!(%error, ?left, "cannot renew this node's certificate yet"),
-                None => tracing::error!(%error, "this node is not enrolled: seeders give it nothing"),
-            }
-            let pause = PAUSE.saturating_mul(1 << failures.min(6)).min(PAUSE_MAX);
+            let pause_max = match valid.and_then(|valid| valid.end.duration_since(now).ok()) {
+                Some(left) => {
+                    tracing::warn!(%error, ?left, "cannot renew this node's certificate yet");
+                    RENEWAL_PAUSE_MAX.min(left / 4).max(PAUSE)
+                }
+                None => {
+                    tracing::error!(%error, "this node is not enrolled: seeders give it nothing");
+                    PAUSE_MAX
+                }
+            };
+            let pause = PAUSE.saturating_mul(1 << failures.min(12)).min(pause_max);
             failures += 1;
             tokio::time::sleep(jittered(pause)).await;
         }
@@ -115,10 +123,11 @@ fn take(identity: &Identity, key: &KeyPair, certificate: Certificate) -> Result<
     Ok(())
 }
 
-/// Until two thirds of the way from `start` to `end`.
+/// Until two thirds of the way from the issue of a certificate that is valid from `start` to `end`.
 fn due_in(start: SystemTime, end: SystemTime, now: SystemTime) -> Duration {
-    let whole = end.duration_since(start).unwrap_or_default();
-    (start + whole * 2 / 3).duration_since(now).unwrap_or_default()
+    let issued = start + ca::CLOCK_SKEW;
+    let whole = end.duration_since(issued).unwrap_or_default();
+    (issued + whole * 2 / 3).duration_since(now).unwrap_or_default()
 }
 
 /// The machine's name, with what no certificate takes left out.
@@ -136,4 +145,21 @@ fn jittered(pause: Duration) -> Duration {
     // Without entropy there is no jitter.
     let _ = aws_lc_rs::rand::fill(&mut random);
     pause / 2 + pause / 2 * u32::from(u16::from_le_bytes(random)) / u32::from(u16::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn renewals_are_due_after_two_thirds() {
+        let issued = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let due = |validity: u64, at: u64| {
+            let (start, end) = (issued - ca::CLOCK_SKEW, issued + Duration::from_secs(validity));
+            due_in(start, end, issued + Duration::from_secs(at)).as_secs()
+        };
+        assert_eq!(due(900, 0), 600);
+        assert_eq!(due(900, 500), 100);
+        assert_eq!(due(900, 700), 0);
+    }
 }
