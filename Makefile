@@ -68,20 +68,23 @@ quoted = '$(subst ','\'',$(1))'
 .PHONY: test test-unit test-fuse test-containerd
 test: setup test-unit test-fuse test-containerd
 
+# All tests are built with the packages of the whole workspace, the daemons too: with a selection of packages some dependencies
+# would have other features, and most would be built again for each selection.
+
 # No root, no network, seconds.
 test-unit:
-	$(CARGO) test --workspace --exclude integration
-	$(CARGO) test -p integration --lib --bins
+	$(CARGO) test --workspace --lib --bins
+	$(CARGO) test --workspace --exclude integration --test '*'
 
 # The FUSE session, the keeper and EROFS on the real kernel.
 test-fuse: setup
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test fuse --test erofs
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --workspace --test fuse --test erofs
 
 # containerd's own snapshotter suite, everything end to end on the real containerd, every client with every containerd, and the
 # client of registries on a real one.
 test-containerd: setup
-	$(CARGO) build -p drover-snapshotter -p drover-seeder
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test -p integration --test snapshots --test containerd --test pull --test trouble --test clients --test registries
+	$(CARGO) build --workspace --bins --tests
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test snapshots --test containerd --test pull --test trouble --test clients --test registries
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc
