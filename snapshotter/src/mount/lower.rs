@@ -87,7 +87,7 @@ fn look(root: &Path, path: &[u8]) -> rustix::io::Result<Option<DirectoryAttribut
 /// All extended attributes but overlayfs' own marks, sorted by name.
 fn xattrs(directory: &OwnedFd) -> rustix::io::Result<Vec<Xattr>> {
     // Mostly there are none: asked first, as the room for the most that there can be has to be cleared.
-    let size = match rustix::fs::flistxattr(directory.as_fd(), &mut [] as &mut [u8]) {
+    let size = match rustix::fs::flistxattr_query(directory.as_fd()) {
         Err(rustix::io::Errno::NOTSUP) | Ok(0) => return Ok(Vec::new()),
         answer => answer?,
     };
@@ -136,5 +136,25 @@ mod tests {
         assert_eq!(roots.attributes(b"link"), roots.attributes(b"x"), "a link is followed in its own layer only");
         assert!(roots.attributes(b"missing").is_none());
         assert_eq!(roots.finish(), Err("gone"));
+    }
+
+    #[test]
+    fn extended_attributes_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("layer");
+        directory(&root, "a", 0o755);
+        let set = |name: &str, value: &[u8]| {
+            rustix::fs::setxattr(root.join("a"), name, value, rustix::fs::XattrFlags::CREATE)
+        };
+        if set("user.b", &[7; 300]).is_err() {
+            println!("skipped: the file system for temporary files has no extended attributes");
+            return;
+        }
+        set("user.a", b"").unwrap();
+        set("user.overlay.opaque", b"y").unwrap();
+        let roots = LowerRoots::new([Ok::<_, ()>(root.clone())].into_iter());
+        let xattrs = roots.attributes(b"a").unwrap().xattrs;
+        let found: Vec<_> = xattrs.iter().map(|xattr| (xattr.name.as_slice(), xattr.value.len())).collect();
+        assert_eq!(found, [(&b"user.a"[..], 0), (&b"user.b"[..], 300)]);
     }
 }
