@@ -7,22 +7,38 @@ use std::time::Duration;
 
 use layer::{ChunkIndex, Geometry};
 
+use crate::chunk_set::ChunkSet;
+use crate::mesh::Mesh;
+use crate::peer::Zone;
 use crate::swarm::{FetchId, Priority, SourceId};
 
 /// The wants of one layer.
 #[derive(Debug)]
 pub(crate) struct Book {
     pub(crate) geometry: Geometry,
-    /// Sources and, for those that move whole units, the units' device ranges in order.
-    pub(crate) sources: BTreeMap<SourceId, Vec<Range<u64>>>,
+    pub(crate) sources: BTreeMap<SourceId, Offer>,
+    pub(crate) mesh: Option<Box<Mesh>>,
     pub(crate) fetches: BTreeSet<FetchId>,
     wants: BTreeMap<u32, Want>,
     /// How many of them are wanted in the background.
     background: u32,
     /// Chunks that wait for a fetch, by priority in the order in which they were wanted.
     queues: [BTreeSet<(u64, u32)>; 3],
+    /// The same as sets, in a mesh.
+    queued_sets: [ChunkSet; 3],
     /// Chunks that failed at their deadline.
     pub(crate) failed: BTreeMap<u32, Failed>,
+}
+
+/// What a source has of the layer.
+#[derive(Debug)]
+pub(crate) struct Offer {
+    /// The device ranges that it moves whole, in order; empty where any run costs just its own bytes.
+    pub(crate) units: Vec<Range<u64>>,
+    /// A neighbour's chunks, as it told; `None`: everything.
+    pub(crate) has: Option<ChunkSet>,
+    /// A neighbour's zone, where it is another one.
+    pub(crate) far: Option<Zone>,
 }
 
 /// A wanted chunk.
@@ -32,6 +48,8 @@ pub(crate) struct Want {
     /// Place in the queues; kept when a fetch fails.
     order: u64,
     pub(crate) place: Place,
+    /// When it was first wanted.
+    pub(crate) since: Duration,
     pub(crate) deadline: Option<Duration>,
     /// The deadline that it had before it was put off for a stream.
     pub(crate) deadline_before: Option<Duration>,
@@ -88,6 +106,8 @@ pub(crate) struct Fetch {
     pub(crate) hedge_at: Option<Duration>,
     /// It moves a whole unit that is a stream ([`Config::stream_bytes_min`](crate::Config::stream_bytes_min)).
     pub(crate) is_stream: bool,
+    /// It counts for what is in flight in meshes.
+    pub(crate) in_mesh: bool,
     /// It asks a second time for what another fetch was late with.
     pub(crate) is_hedge: bool,
 }
@@ -95,6 +115,16 @@ pub(crate) struct Fetch {
 impl Fetch {
     pub(crate) fn carries(&self, chunk: u32) -> bool {
         self.cover.contains(&chunk) && !self.got.contains(&chunk)
+    }
+}
+
+impl Offer {
+    pub(crate) fn all(units: Vec<Range<u64>>) -> Self {
+        Self { units, has: None, far: None }
+    }
+
+    pub(crate) fn has(&self, chunk: u32) -> bool {
+        self.has.as_ref().is_none_or(|has| has.contains(chunk))
     }
 }
 
@@ -115,12 +145,19 @@ impl Book {
         Self {
             geometry,
             sources: BTreeMap::new(),
+            mesh: None,
             fetches: BTreeSet::new(),
             wants: BTreeMap::new(),
             background: 0,
             queues: Default::default(),
+            queued_sets: Default::default(),
             failed: BTreeMap::new(),
         }
+    }
+
+    /// Nothing is wanted.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.wants.is_empty()
     }
 
     pub(crate) fn want(&self, chunk: u32) -> Option<&Want> {
@@ -131,8 +168,8 @@ impl Book {
         self.wants.get_mut(&chunk)
     }
 
-    pub(crate) fn want_or_new(&mut self, chunk: u32, order: u64) -> &mut Want {
-        self.wants.entry(chunk).or_insert_with(|| Want { order, ..Want::default() })
+    pub(crate) fn want_or_new(&mut self, chunk: u32, order: u64, since: Duration) -> &mut Want {
+        self.wants.entry(chunk).or_insert_with(|| Want { order, since, ..Want::default() })
     }
 
     pub(crate) fn wants(&self, chunks: Range<u32>) -> impl Iterator<Item = (u32, &Want)> {
@@ -171,9 +208,11 @@ impl Book {
         }
         if let Place::Queued(priority) = want.place {
             queue(&mut self.queues, priority).remove(&(want.order, chunk));
+            queued_set(&mut self.queued_sets, priority).remove(chunk);
         }
         if let Place::Queued(priority) = place {
             queue(&mut self.queues, priority).insert((want.order, chunk));
+            queued_set(&mut self.queued_sets, priority).insert(chunk);
         }
         want.place = place;
     }
@@ -185,6 +224,23 @@ impl Book {
     ) -> std::iter::Copied<std::collections::btree_set::Iter<'_, (u64, u32)>> {
         let [demand, readahead, background] = &self.queues;
         priority.choose(demand, readahead, background).iter().copied()
+    }
+
+    /// Makes the layer one of a mesh.
+    pub(crate) fn set_mesh(&mut self, mesh: Mesh) {
+        self.mesh = Some(Box::new(mesh));
+        self.queued_sets = std::array::from_fn(|_| ChunkSet::new(self.geometry.chunk_count()));
+        for (queue, set) in self.queues.iter().zip(&mut self.queued_sets) {
+            for (_, chunk) in queue {
+                set.insert(*chunk);
+            }
+        }
+    }
+
+    /// Chunks queued with `priority`; only in a mesh.
+    pub(crate) fn queued_set(&self, priority: Priority) -> &ChunkSet {
+        let [demand, readahead, background] = &self.queued_sets;
+        priority.choose(demand, readahead, background)
     }
 
     /// Whether `chunk` is wanted and waits for a fetch.
@@ -201,7 +257,7 @@ impl Book {
 
     /// The chunks that come whole when `source` is asked for `run`: those of all units that `run` touches.
     pub(crate) fn cover(&self, source: SourceId, run: &Range<u32>) -> Range<u32> {
-        let units = self.sources.get(&source).map(Vec::as_slice).unwrap_or_default();
+        let units = self.sources.get(&source).map(|offer| offer.units.as_slice()).unwrap_or_default();
         let bytes = self.geometry.range(ChunkIndex(run.start)).start..self.geometry.range(ChunkIndex(run.end)).start;
         let first = units.partition_point(|unit| unit.end <= bytes.start);
         let last = units.partition_point(|unit| unit.start < bytes.end);
@@ -224,6 +280,11 @@ fn queue(queues: &mut [BTreeSet<(u64, u32)>; 3], priority: Priority) -> &mut BTr
     priority.choose(demand, readahead, background)
 }
 
+fn queued_set(sets: &mut [ChunkSet; 3], priority: Priority) -> &mut ChunkSet {
+    let [demand, readahead, background] = sets;
+    priority.choose(demand, readahead, background)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -232,8 +293,8 @@ mod tests {
     fn units_widen_a_run() {
         let mut book = Book::new(Geometry::new(10 * 4096 + 100, 12).unwrap());
         let (plain, units) = (SourceId(1), SourceId(2));
-        book.sources.insert(plain, Vec::new());
-        book.sources.insert(units, vec![0..10_000, 10_000..30_000, 30_000..41_060]);
+        book.sources.insert(plain, Offer::all(Vec::new()));
+        book.sources.insert(units, Offer::all(vec![0..10_000, 10_000..30_000, 30_000..41_060]));
         assert_eq!(book.cover(plain, &(3..5)), 3..5);
         // Chunk 0 and 1 are whole in the first unit; chunk 2 needs two units.
         assert_eq!(book.cover(units, &(1..2)), 0..2);
@@ -245,8 +306,8 @@ mod tests {
     #[test]
     fn queues_follow_places() {
         let mut book = Book::new(Geometry::new(10 * 4096, 12).unwrap());
-        book.want_or_new(4, 1);
-        book.want_or_new(2, 2);
+        book.want_or_new(4, 1, Duration::ZERO);
+        book.want_or_new(2, 2, Duration::ZERO);
         book.place(4, Place::Queued(Priority::Demand));
         book.place(2, Place::Queued(Priority::Demand));
         assert_eq!(book.queued(Priority::Demand).collect::<Vec<_>>(), [(1, 4), (2, 2)]);

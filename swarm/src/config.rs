@@ -59,6 +59,45 @@ pub struct Config {
     pub stream_patience: Duration,
     /// A readahead that found no source for so long is forgotten: nobody may need it any more.
     pub readahead_expiry: Duration,
+    /// What came is told to neighbours at most so much later, together with what comes meanwhile.
+    pub tell_after: Duration,
+    /// Most bytes of one run from a neighbour: a run occupies its link, and what others wait for stands behind it.
+    pub peer_run_bytes: u64,
+    /// Most bytes in flight from neighbours and seeders of layers in a mesh, by `Priority`: enough that every
+    /// neighbour's link always has something to send, little enough that who wants something urgent does not wait for it.
+    pub mesh_in_flight_bytes_max: [u64; 3],
+    /// A neighbour is late at the earliest after this, whatever was learned.
+    pub peer_hedge_after_min: Duration,
+    /// A neighbour is late after this at the latest, and while little was learned.
+    pub peer_hedge_after_max: Duration,
+    /// A neighbour that gives nothing of a background run for so long loses it, and rests.
+    pub peer_stall: Duration,
+    /// A seeder of a mesh, which keeps its line short, is late with demand after this.
+    pub seeder_hedge_after: Duration,
+    /// Up to so many demanded chunks are fetched in their order, each as soon as possible. More are many readers at once:
+    /// whichever comes will do, and what is asked at once is bounded as for background, so that no line grows long.
+    pub ordered_max: u32,
+    /// Most fetches from the seeder at once where more than that are demanded: the others ask too.
+    pub crowd_fetches_max: usize,
+    /// What a neighbour has that says nothing but that it is busy for so long does not count.
+    pub busy_patience: Duration,
+    /// Bytes that may be asked twice, in percent of those that came.
+    pub hedge_percent: u64,
+    /// Bytes that may be asked twice before anything came.
+    pub hedge_floor_bytes: u64,
+    /// Background asks the seeder for chunks that it was not assigned only when no neighbour gave any for so long.
+    pub orphan_patience: Duration,
+    /// A seeder that only failed for so long is gone: demand, then everything else, turns to the registry, together with all
+    /// others. What is under way between neighbours arrives meanwhile.
+    pub seeder_gone_after: [Duration; 2],
+    /// The delegate of a span has so long before the next in rank fetches it too.
+    pub delegate_patience: Duration,
+    /// Most bytes per second from peers and seeders, all layers together; 0: no limit.
+    pub download_bytes_per_sec: u64,
+    /// Most bytes per second from registries, all layers together; 0: no limit.
+    pub registry_bytes_per_sec: u64,
+    /// Take only: neighbours are not told what is here.
+    pub leech: bool,
 }
 
 impl Default for Config {
@@ -85,6 +124,24 @@ impl Default for Config {
             stream_fallback_after: Duration::from_secs(5),
             stream_patience: Duration::from_secs(45),
             readahead_expiry: Duration::from_secs(10),
+            tell_after: Duration::from_millis(50),
+            peer_run_bytes: 256 << 10,
+            mesh_in_flight_bytes_max: [12 << 20, 8 << 20, 4 << 20],
+            peer_hedge_after_min: Duration::from_millis(20),
+            peer_hedge_after_max: Duration::from_millis(60),
+            peer_stall: Duration::from_secs(1),
+            seeder_hedge_after: Duration::from_millis(250),
+            ordered_max: 16,
+            crowd_fetches_max: 2,
+            busy_patience: Duration::from_secs(5),
+            hedge_percent: 3,
+            hedge_floor_bytes: 1 << 20,
+            orphan_patience: Duration::from_millis(500),
+            seeder_gone_after: [Duration::from_millis(300), Duration::from_millis(600)],
+            delegate_patience: Duration::from_secs(1),
+            download_bytes_per_sec: 0,
+            registry_bytes_per_sec: 0,
+            leech: false,
         }
     }
 }
@@ -97,6 +154,11 @@ impl Config {
 
     pub(crate) fn in_flight_fetches_max(&self, priority: Priority) -> usize {
         let [demand, readahead, background] = self.in_flight_fetches_max;
+        priority.choose(demand, readahead, background)
+    }
+
+    pub(crate) fn mesh_in_flight_bytes_max(&self, priority: Priority) -> u64 {
+        let [demand, readahead, background] = self.mesh_in_flight_bytes_max;
         priority.choose(demand, readahead, background)
     }
 

@@ -48,8 +48,8 @@ pub(crate) fn nearer(
     priority: Priority,
     kind: SourceKind,
 ) -> Nearer {
-    let nearer =
-        book.sources.keys().filter_map(|id| Some((*id, sources.get(id)?))).filter(|(_, source)| source.kind < kind);
+    let having = book.sources.iter().filter(|(_, offer)| offer.has(chunk));
+    let nearer = having.filter_map(|(id, _)| Some((*id, sources.get(id)?))).filter(|(_, source)| source.kind < kind);
     match nearer.map(|(id, source)| from(source, book, id, chunk, priority)).min() {
         None => Nearer::None,
         Some(until) if until > now => Nearer::Rests { until },
@@ -58,7 +58,7 @@ pub(crate) fn nearer(
 }
 
 /// From when `source` may be asked for `chunk`.
-fn from(source: &Source, book: &Book, id: SourceId, chunk: u32, priority: Priority) -> Duration {
+pub(crate) fn from(source: &Source, book: &Book, id: SourceId, chunk: u32, priority: Priority) -> Duration {
     let avoided = book.want(chunk).and_then(|want| want.avoid.get(&id)).map_or(Duration::ZERO, |avoid| avoid.until);
     source.rests_until(priority).max(avoided)
 }
@@ -75,7 +75,7 @@ pub(crate) fn choose(
 ) -> Choice {
     let mut usable: Vec<(SourceId, &Source)> = Vec::new();
     let mut resting: Vec<(Duration, &Source)> = Vec::new();
-    for id in book.sources.keys().filter(|id| Some(**id) != except) {
+    for (id, _) in book.sources.iter().filter(|(id, offer)| Some(**id) != except && offer.has(chunk)) {
         let Some(source) = sources.get(id) else { continue };
         let from = from(source, book, *id, chunk, priority);
         if from > now {
@@ -126,7 +126,7 @@ pub(crate) fn load(config: &Config, bytes: u64) -> u64 {
 /// The longest run from `chunk` on whose chunks all wait for a fetch, with any priority: the bytes of a readahead behind
 /// a demanded chunk come after it and save a request.
 fn run(config: &Config, book: &Book, source: SourceId, chunk: u32, priority: Priority) -> Range<u32> {
-    let has_units = book.sources.get(&source).is_some_and(|units| !units.is_empty());
+    let has_units = book.sources.get(&source).is_some_and(|offer| !offer.units.is_empty());
     let bytes_max = match priority {
         Priority::Demand | Priority::Readahead => config.demand_run_bytes,
         Priority::Background if has_units => config.background_run_bytes_units,

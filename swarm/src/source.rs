@@ -18,8 +18,24 @@ pub(crate) struct Source {
     rest_until: Duration,
     demand_rest_until: Duration,
     last_progress: Option<Duration>,
+    /// It said that it has enough to do; no fault.
+    busy_until: Duration,
+    /// Since when it says nothing else.
+    busy_since: Option<Duration>,
+    /// It sent a wrong chunk: it is never asked again.
+    pub(crate) is_cut: bool,
     pace: Option<Pace>,
+    /// Smoothed time from a request to its first chunk, and when it was learned.
+    answer: (Duration, Duration),
 }
+
+/// What was learned of a line counts half after so long.
+const ANSWER_HALF_LIFE: Duration = Duration::from_millis(100);
+/// No wait is less.
+const ANSWER_MIN: Duration = Duration::from_millis(2);
+
+/// After so many failures in a row what a source says is not believed.
+const FAILURES_MAX: u32 = 3;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Load {
@@ -45,13 +61,47 @@ impl Source {
             rest_until: Duration::ZERO,
             demand_rest_until: Duration::ZERO,
             last_progress: None,
+            busy_until: Duration::ZERO,
+            busy_since: None,
+            is_cut: false,
             pace: None,
+            answer: Default::default(),
         }
     }
 
     /// From when the source may be asked for a chunk of `priority`.
     pub(crate) fn rests_until(&self, priority: Priority) -> Duration {
-        if priority == Priority::Demand { self.demand_rest_until } else { self.rest_until }
+        self.fails_until(priority).max(self.busy_until)
+    }
+
+    /// The same for what it asked this node to fetch: for that it is never too busy.
+    pub(crate) fn fails_until(&self, priority: Priority) -> Duration {
+        match priority {
+            _ if self.is_cut => Duration::MAX,
+            Priority::Demand => self.demand_rest_until,
+            Priority::Readahead | Priority::Background => self.rest_until,
+        }
+    }
+
+    /// It is not to be asked before `until`, without being at fault.
+    pub(crate) fn busy(&mut self, now: Duration, until: Duration) {
+        self.busy_until = self.busy_until.max(until);
+        self.busy_since.get_or_insert(now);
+    }
+
+    /// Whether what it claims to have can be counted on: it did not fail several times in a row, nor was only ever busy.
+    pub(crate) fn is_reliable(&self, config: &Config, now: Duration) -> bool {
+        let is_busy_for_long = self.busy_since.is_some_and(|since| since + config.busy_patience <= now);
+        !self.is_cut && self.failures < FAILURES_MAX && !is_busy_for_long
+    }
+
+    /// It gave a sign of life that is no chunk.
+    pub(crate) fn alive(&mut self) {
+        if self.failing_since.take().is_some() {
+            self.failures = 0;
+            self.rest_until = Duration::ZERO;
+            self.demand_rest_until = Duration::ZERO;
+        }
     }
 
     /// When it will have given nothing but failures for `limit`; `None` where it is not failing.
@@ -76,6 +126,25 @@ impl Source {
         })
     }
 
+    /// The first chunk of a request came after `time`.
+    pub(crate) fn answered(&mut self, now: Duration, time: Duration) {
+        let (mean, _) = self.answer;
+        self.answer = (if mean.is_zero() { time } else { (mean * 3 + time) / 4 }, now);
+    }
+
+    /// How long one more request would probably wait here: its line, as far as it was learned lately, and what this node
+    /// added to it.
+    pub(crate) fn expected_wait(&self, now: Duration) -> Duration {
+        let (mean, at) = self.answer;
+        let age = now.saturating_sub(at).as_micros() / ANSWER_HALF_LIFE.as_micros();
+        let line = mean / (1 << age.min(16));
+        (line + ANSWER_MIN) * u32::try_from(self.in_flight_fetches() + 1).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn in_flight_fetches(&self) -> usize {
+        self.in_flight.iter().map(|load| load.fetches).sum()
+    }
+
     pub(crate) fn in_flight_bytes(&self) -> u64 {
         self.in_flight.iter().map(|load| load.bytes).sum()
     }
@@ -94,6 +163,7 @@ impl Source {
 
     /// A good chunk came `gap` after the fetch's last sign of life.
     pub(crate) fn progress(&mut self, now: Duration, gap: Duration) {
+        self.busy_since = None;
         self.failures = 0;
         self.failing_since = None;
         self.rest_until = Duration::ZERO;

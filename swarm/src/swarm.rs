@@ -7,9 +7,12 @@ use std::time::Duration;
 
 use layer::Geometry;
 
-use crate::book::{Avoid, Book, Failed, Fetch, Place};
+use crate::book::{Avoid, Book, Failed, Fetch, Offer, Place};
 use crate::config::Config;
+use crate::hedging::Hedging;
+use crate::mesh::Message;
 use crate::picker::{self, Choice, Nearer};
+use crate::rate::Rate;
 use crate::source::Source;
 use crate::timer::{Timer, Timers};
 
@@ -112,6 +115,11 @@ pub enum Outcome {
         /// For [`Reason::failure`].
         reason: Arc<str>,
     },
+    /// The source has enough to do, and will not be asked before a time; it is not at fault.
+    Busy {
+        /// When to come again.
+        retry_after: Duration,
+    },
     /// The source is at fault and rests.
     Failed {
         /// For [`Reason::failure`].
@@ -124,18 +132,25 @@ pub enum Outcome {
 /// All layers' wants, and who is asked for them.
 #[derive(Debug)]
 pub struct Swarm {
-    config: Config,
+    pub(crate) config: Config,
     random: u64,
-    now: Duration,
-    books: BTreeMap<LayerKey, Book>,
-    sources: BTreeMap<SourceId, Source>,
-    fetches: BTreeMap<FetchId, Fetch>,
-    timers: Timers,
+    pub(crate) now: Duration,
+    pub(crate) books: BTreeMap<LayerKey, Book>,
+    pub(crate) sources: BTreeMap<SourceId, Source>,
+    pub(crate) fetches: BTreeMap<FetchId, Fetch>,
+    pub(crate) timers: Timers,
     actions: VecDeque<Action>,
-    next_fetch: u64,
+    pub(crate) next_fetch: u64,
     next_order: u64,
     hedges: usize,
     last_demand: Option<Duration>,
+    pub(crate) hedging: Hedging,
+    pub(crate) messages: VecDeque<Message>,
+    /// Bytes in flight from neighbours and seeders of meshes, by priority.
+    pub(crate) mesh_load: [u64; 3],
+    pub(crate) download: Rate,
+    pub(crate) registry: Rate,
+    pub(crate) rate_at: Option<Duration>,
 }
 
 impl Priority {
@@ -154,6 +169,8 @@ impl Priority {
 impl Swarm {
     /// Without layers. `seed` spreads the rests of sources: nodes with the same trouble should not return together.
     pub fn new(config: Config, seed: u64) -> Self {
+        let download = Rate::new(config.download_bytes_per_sec);
+        let registry = Rate::new(config.registry_bytes_per_sec);
         Self {
             config,
             random: seed,
@@ -167,6 +184,12 @@ impl Swarm {
             next_order: 0,
             hedges: 0,
             last_demand: None,
+            hedging: Hedging::new(),
+            messages: VecDeque::new(),
+            mesh_load: [0; 3],
+            download,
+            registry,
+            rate_at: None,
         }
     }
 
@@ -194,14 +217,18 @@ impl Swarm {
         for source in sources {
             self.remove_source(layer, source);
         }
-        self.books.remove(&layer);
+        if let Some(mut mesh) = self.books.remove(&layer).and_then(|book| book.mesh) {
+            self.timers.set(&mut mesh.tell_at, None, Timer::Tell(layer));
+            self.timers.set(&mut mesh.beat_at, None, Timer::Beat(layer));
+            self.timers.set(&mut mesh.look_at, None, Timer::Look(layer));
+        }
     }
 
     /// Says that `source` has the layer. `units` are the device ranges that it moves whole, in order and without gaps;
     /// empty where any run costs just its own bytes.
     pub fn add_source(&mut self, layer: LayerKey, source: SourceId, kind: SourceKind, units: Vec<Range<u64>>) {
         let Some(book) = self.books.get_mut(&layer) else { return };
-        if book.sources.insert(source, units).is_none() {
+        if book.sources.insert(source, Offer::all(units)).is_none() {
             self.sources.entry(source).or_insert_with(|| Source::new(kind)).layers += 1;
         }
         let parked: Vec<u32> =
@@ -214,9 +241,12 @@ impl Swarm {
     /// Says that `source` does not have the layer any more; its fetches are cancelled.
     pub fn remove_source(&mut self, layer: LayerKey, source: SourceId) {
         let Some(book) = self.books.get_mut(&layer) else { return };
-        if book.sources.remove(&source).is_none() {
-            return;
+        let Some(offer) = book.sources.remove(&source) else { return };
+        if let (Some(has), Some(mesh)) = (&offer.has, &mut book.mesh) {
+            mesh.uncount(has.runs());
+            self.unite(layer);
         }
+        let Some(book) = self.books.get(&layer) else { return };
         for fetch in book.fetches.clone() {
             if self.fetches.get(&fetch).is_some_and(|fetch| fetch.source == source) {
                 self.cancel_fetch(fetch);
@@ -239,6 +269,7 @@ impl Swarm {
         for chunk in run.start..run.end.min(book.geometry.chunk_count()) {
             self.want_chunk(layer, chunk, priority, deadline);
         }
+        self.arm_beat(layer);
     }
 
     /// Nobody wants the chunks of `run` with this priority any more.
@@ -254,21 +285,34 @@ impl Swarm {
     pub fn on_chunk(&mut self, now: Duration, fetch: FetchId, chunk: u32, verdict: Verdict) {
         self.now = self.now.max(now);
         let Some(transfer) = self.fetches.get_mut(&fetch) else { return };
-        let layer = transfer.layer;
+        let (layer, source) = (transfer.layer, transfer.source);
+        let is_neighbour = is_neighbour(&self.books, layer, source);
         match verdict {
             Verdict::Verified => {
                 let gap = self.now.saturating_sub(transfer.last_progress);
                 transfer.last_progress = self.now;
+                let is_first = transfer.got.is_empty();
                 transfer.got.insert(chunk);
+                let waited = self.now.saturating_sub(transfer.started);
                 if let Some(source) = self.sources.get_mut(&transfer.source) {
                     source.progress(self.now, gap);
+                    if is_first {
+                        source.answered(self.now, waited);
+                    }
+                }
+                if is_neighbour {
+                    let bytes = self.books.get(&layer).map_or(0, |book| book.geometry.chunk_size());
+                    self.hedging.observe(gap);
+                    self.hedging.delivered(bytes);
                 }
                 self.arm_hedge(fetch);
                 self.on_here(layer, chunk);
             }
             Verdict::Wrong => {
-                let source = transfer.source;
                 self.note_failure(layer, chunk, source, "sent a wrong chunk".into(), true);
+                if is_neighbour {
+                    self.cut(source);
+                }
             }
         }
     }
@@ -276,6 +320,7 @@ impl Swarm {
     /// A chunk came in another way than by a fetch.
     pub fn on_here(&mut self, layer: LayerKey, chunk: u32) {
         self.forgive(layer, chunk);
+        self.note_have(layer, chunk);
         let Some(want) = self.forget_want(layer, chunk) else { return };
         if want.wants(Priority::Demand) {
             self.last_demand = Some(self.now);
@@ -305,11 +350,21 @@ impl Swarm {
                 (Some("ended before everything was sent".into()), false)
             }
             Outcome::Missing { reason } => (Some(reason), true),
+            Outcome::Busy { retry_after } => {
+                if let Some(source) = self.sources.get_mut(&source) {
+                    source.alive();
+                    source.busy(self.now, self.now + retry_after.min(self.config.rest_max));
+                }
+                (None, false)
+            }
             Outcome::Failed { reason, retry_after } => {
                 self.blame(source, retry_after);
                 (Some(reason), false)
             }
         };
+        if is_missing {
+            self.forget_offer(layer, source, ended.run.clone());
+        }
         let Some(book) = self.books.get(&layer) else { return };
         let undelivered: Vec<u32> =
             book.wants(ended.cover.clone()).map(|(chunk, _)| chunk).filter(|chunk| ended.carries(*chunk)).collect();
@@ -346,6 +401,14 @@ impl Swarm {
                     }
                     self.hedge(fetch);
                 }
+                Timer::Tell(layer) => self.tell(layer, false),
+                Timer::Beat(layer) => self.beat(layer),
+                Timer::Look(layer) => {
+                    if let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) {
+                        mesh.look_at = None;
+                    }
+                }
+                Timer::Rate => self.rate_at = None,
                 Timer::Expire(layer, chunk) => {
                     if let Some(want) = self.books.get_mut(&layer).and_then(|book| book.want_mut(chunk)) {
                         want.expire_at = None;
@@ -404,7 +467,7 @@ impl Swarm {
                 return;
             }
         }
-        book.want_or_new(chunk, order);
+        book.want_or_new(chunk, order, self.now);
         book.set_wanted(chunk, priority, true);
         let Some(want) = book.want_mut(chunk) else { return };
         match priority {
@@ -478,6 +541,10 @@ impl Swarm {
                 source.end(fetch.priority, fetch.bytes);
                 source.start(priority, fetch.bytes);
             }
+            if fetch.in_mesh {
+                *load(&mut self.mesh_load, fetch.priority) -= fetch.bytes;
+                *load(&mut self.mesh_load, priority) += fetch.bytes;
+            }
             fetch.priority = priority;
             self.arm_hedge(id);
         }
@@ -509,6 +576,9 @@ impl Swarm {
     }
 
     fn start_for(&mut self, layer: LayerKey, priority: Priority) -> bool {
+        if self.books.get(&layer).is_some_and(|book| book.mesh.is_some()) {
+            return self.start_in_mesh(layer, priority);
+        }
         // All sources of a layer have all of it, so the first busy answer holds for the rest of the queue.
         while let Some(book) = self.books.get(&layer)
             && let Some((_, chunk)) = book.queued(priority).next()
@@ -538,13 +608,21 @@ impl Swarm {
         fetches.any(|fetch| fetch.is_stream && fetch.source == source && fetch.carries(chunk))
     }
 
-    fn start(&mut self, layer: LayerKey, source: SourceId, run: Range<u32>, priority: Priority, is_hedge: bool) {
+    pub(crate) fn start(
+        &mut self,
+        layer: LayerKey,
+        source: SourceId,
+        run: Range<u32>,
+        priority: Priority,
+        is_hedge: bool,
+    ) {
         let Some(book) = self.books.get_mut(&layer) else { return };
         let cover = book.cover(source, &run);
         let whole = book.bytes(&cover);
         let bytes = picker::load(&self.config, whole);
         let carried: Vec<u32> = book.wants(cover.clone()).map(|(chunk, _)| chunk).collect();
         let urgent = carried.iter().filter_map(|chunk| book.want(*chunk)?.priority()).min();
+        let kind = self.sources.get(&source).map(|source| source.kind);
         let id = FetchId(self.next_fetch);
         self.next_fetch += 1;
         book.fetches.insert(id);
@@ -561,8 +639,15 @@ impl Swarm {
             last_progress: self.now,
             hedge_at: None,
             is_stream: whole > self.config.stream_bytes_min,
+            in_mesh: book.mesh.is_some() && kind.is_some_and(|kind| kind <= SourceKind::Seeder),
             is_hedge,
         };
+        if fetch.in_mesh {
+            *load(&mut self.mesh_load, priority) += bytes;
+            self.download.take(self.now, bytes);
+        } else if kind == Some(SourceKind::Registry) {
+            self.registry.take(self.now, bytes);
+        }
         self.fetches.insert(id, fetch);
         self.hedges += usize::from(is_hedge);
         if let Some(source) = self.sources.get_mut(&source) {
@@ -585,10 +670,13 @@ impl Swarm {
         if let Some(source) = self.sources.get_mut(&fetch.source) {
             source.end(fetch.priority, fetch.bytes);
         }
+        if fetch.in_mesh {
+            *load(&mut self.mesh_load, fetch.priority) -= fetch.bytes;
+        }
         Some(fetch)
     }
 
-    fn cancel_fetch(&mut self, id: FetchId) {
+    pub(crate) fn cancel_fetch(&mut self, id: FetchId) {
         let Some(fetch) = self.remove_fetch(id) else { return };
         self.actions.push_back(Action::Cancel { fetch: id });
         let Some(book) = self.books.get(&fetch.layer) else { return };
@@ -600,8 +688,18 @@ impl Swarm {
 
     fn arm_hedge(&mut self, id: FetchId) {
         let Some(fetch) = self.fetches.get_mut(&id) else { return };
-        let after = self.sources.get(&fetch.source).map(|source| source.hedge_after(&self.config, self.now));
-        let at = after.filter(|_| fetch.priority == Priority::Demand && !fetch.is_hedge).map(|after| self.now + after);
+        let is_demand = fetch.priority == Priority::Demand;
+        let after = if is_neighbour(&self.books, fetch.layer, fetch.source) {
+            let [min, max] = [self.config.peer_hedge_after_min, self.config.peer_hedge_after_max];
+            let learned = self.hedging.limit().map_or(max, |learned| (learned * 3 / 2).clamp(min, max));
+            Some(if is_demand { learned } else { self.config.peer_stall })
+        } else if fetch.in_mesh {
+            Some(if is_demand { self.config.seeder_hedge_after } else { self.config.peer_stall * 2 })
+        } else {
+            let source = self.sources.get(&fetch.source).filter(|_| is_demand);
+            source.map(|source| source.hedge_after(&self.config, self.now))
+        };
+        let at = after.filter(|_| !fetch.is_hedge).map(|after| self.now + after);
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
     }
 
@@ -611,22 +709,44 @@ impl Swarm {
         let Some(fetch) = self.fetches.get(&id) else { return };
         let Some(book) = self.books.get(&fetch.layer) else { return };
         let (layer, late) = (fetch.layer, fetch.source);
+        if fetch.priority != Priority::Demand {
+            // Nobody waits for it, so it is not asked twice but elsewhere.
+            self.blame(late, None);
+            self.cancel_fetch(id);
+            return;
+        }
         let is_alone = |chunk: u32| {
             book.want(chunk).is_some_and(|want| want.wants(Priority::Demand))
                 && book.fetches.iter().filter_map(|id| self.fetches.get(id)).filter(|f| f.carries(chunk)).count() == 1
         };
+        let is_seeder = |source: &Source| source.kind == SourceKind::Seeder;
+        let is_silent = fetch.in_mesh && self.sources.get(&late).is_some_and(is_seeder);
         let first = fetch.cover.clone().find(|chunk| fetch.carries(*chunk) && is_alone(*chunk));
         if let Some(first) = first
             && self.hedges < self.config.hedges_max
             && let Choice::Fetch { source, .. } = self.choose_hedge(book, first, late)
         {
             let end = (first..fetch.cover.end).take_while(|chunk| fetch.carries(*chunk) && is_alone(*chunk)).count();
-            self.start(layer, source, first..first + end as u32, Priority::Demand, true);
+            let has = |chunk: &u32| book.sources.get(&source).is_some_and(|offer| offer.has(*chunk));
+            let end = (first..first + end as u32).take_while(has).count();
+            let run = first..first + end as u32;
+            let bytes = book.bytes(&book.cover(source, &run));
+            let [percent, floor] = [self.config.hedge_percent, self.config.hedge_floor_bytes];
+            if book.mesh.is_none() || self.hedging.spend(bytes, percent, floor) {
+                self.start(layer, source, run, Priority::Demand, true);
+            }
+        }
+        if is_silent {
+            // Only so does it become known that it is gone.
+            self.blame(late, None);
         }
         self.arm_hedge(id);
     }
 
     fn choose_hedge(&self, book: &Book, chunk: u32, late: SourceId) -> Choice {
+        if let Some(mesh) = &book.mesh {
+            return self.choose_hedge_in_mesh(book, mesh, chunk, late);
+        }
         let choose =
             |except| picker::choose(&self.config, &self.sources, book, self.now, chunk, Priority::Demand, except);
         let is_stream = |choice: &Choice| match choice {
@@ -704,7 +824,7 @@ impl Swarm {
         }
     }
 
-    fn blame(&mut self, source: SourceId, retry_after: Option<Duration>) {
+    pub(crate) fn blame(&mut self, source: SourceId, retry_after: Option<Duration>) {
         let jitter = self.next_random() as u8;
         if let Some(source) = self.sources.get_mut(&source) {
             source.blame(&self.config, self.now, retry_after, jitter);
@@ -719,4 +839,14 @@ impl Swarm {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
+}
+
+/// Whether `source` is one that tells what it has.
+fn is_neighbour(books: &BTreeMap<LayerKey, Book>, layer: LayerKey, source: SourceId) -> bool {
+    books.get(&layer).and_then(|book| book.sources.get(&source)).is_some_and(|offer| offer.has.is_some())
+}
+
+fn load(loads: &mut [u64; 3], priority: Priority) -> &mut u64 {
+    let [demand, readahead, background] = loads;
+    priority.choose(demand, readahead, background)
 }

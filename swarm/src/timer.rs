@@ -18,6 +18,14 @@ pub(crate) enum Timer {
     Hedge(FetchId),
     /// A readahead is not worth waiting for any longer.
     Expire(LayerKey, u32),
+    /// Neighbours are to be told what came.
+    Tell(LayerKey),
+    /// The beat of the delegates goes up; seeders hear what came.
+    Beat(LayerKey),
+    /// What waits in a mesh may find somebody.
+    Look(LayerKey),
+    /// A limit of bytes per second lets the next fetch begin.
+    Rate,
 }
 
 /// Timers by time. A timer is named by its time and meaning, so whoever sets one keeps its time to clear it.

@@ -1,0 +1,588 @@
+//! A layer that nodes give each other: what this node has and tells, what its neighbours have, and from whom it takes.
+//!
+//! Chunks come from neighbours that told of them. From the seeder come those that it assigned to this node, to be the first
+//! to have them, and those that are wanted now and that no neighbour has. With all seeders gone the registry is asked by the
+//! [delegates](crate::delegates), each for its own blocks.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::book::{Book, Offer};
+use crate::chunk_set::ChunkSet;
+use crate::config::Config;
+use crate::delegates::{BEAT, Delegate, Delegates};
+use crate::peer::{PeerId, Zone, mix};
+use crate::picker::{self, Choice};
+use crate::source::Source;
+use crate::swarm::{LayerKey, Priority, SourceId, SourceKind, Swarm};
+use crate::timer::Timer;
+
+/// What the owner has to tell other machines. Losing one does no lasting harm only if the connection is lost with it: a new
+/// neighbour, and a seeder after each connection, is told all of [`Swarm::have`] first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// To all neighbours of the layer.
+    Haves {
+        /// Of which layer.
+        layer: LayerKey,
+        /// What came since the last one; may be empty.
+        runs: Vec<Range<u32>>,
+        /// Who would ask the registry; may be empty.
+        delegates: Vec<Delegate>,
+    },
+    /// To the seeders that introduce for the layer: [`Tracker::report`](crate::Tracker::report).
+    Report {
+        /// Of which layer.
+        layer: LayerKey,
+        /// What came since the last one.
+        runs: Vec<Range<u32>>,
+    },
+    /// This neighbour sent a wrong chunk: break its connections off, serve it no more, and accuse it at the seeder.
+    Cut {
+        /// Whom.
+        source: SourceId,
+    },
+}
+
+/// Most assignments that wait: more are not believed.
+const ASSIGNED_MAX: usize = 4096;
+/// Of so many chunks the rarest is fetched.
+const RAREST_OF: u64 = 4;
+/// How many queued chunks are looked at one by one.
+const HEADS: usize = 16;
+/// When what waits is looked at again if nothing happens.
+const LOOK: Duration = Duration::from_millis(150);
+
+/// The state of one layer.
+#[derive(Debug)]
+pub(crate) struct Mesh {
+    zone: Zone,
+    draw: u64,
+    have: ChunkSet,
+    untold: ChunkSet,
+    unreported: ChunkSet,
+    /// What any neighbour has that may be asked.
+    peers_have: ChunkSet,
+    /// How many neighbours have each chunk.
+    copies: Vec<u16>,
+    /// Chunks that this node is to fetch for all, and where.
+    assigned: BTreeMap<u32, SourceId>,
+    delegates: Delegates,
+    opened: Duration,
+    /// When last a chunk came, and when a neighbour was last asked.
+    last_got: Duration,
+    last_start: Duration,
+    pub(crate) tell_at: Option<Duration>,
+    pub(crate) beat_at: Option<Duration>,
+    pub(crate) look_at: Option<Duration>,
+}
+
+impl Mesh {
+    /// A neighbour does not have these chunks any more.
+    pub(crate) fn uncount(&mut self, gone: impl Iterator<Item = Range<u32>>) {
+        for chunk in gone.flatten() {
+            if let Some(copies) = self.copies.get_mut(chunk as usize) {
+                *copies = copies.saturating_sub(1);
+            }
+        }
+    }
+
+    fn copies(&self, chunk: u32) -> u16 {
+        self.copies.get(chunk as usize).copied().unwrap_or(0)
+    }
+}
+
+impl Swarm {
+    /// Makes a layer one that nodes give each other. `salt` is the same on all nodes of the layer (from its digest) and `me`
+    /// names this one. `have` is what is here already.
+    pub fn open_mesh(
+        &mut self,
+        now: Duration,
+        layer: LayerKey,
+        me: PeerId,
+        zone: Zone,
+        salt: u64,
+        have: impl IntoIterator<Item = Range<u32>>,
+    ) {
+        self.now = self.now.max(now);
+        let now = self.now;
+        let Some(book) = self.books.get_mut(&layer).filter(|book| book.mesh.is_none()) else { return };
+        let empty = ChunkSet::new(book.geometry.chunk_count());
+        let mut mesh = Mesh {
+            zone,
+            draw: mix(me.0 ^ salt),
+            have: empty.clone(),
+            untold: empty.clone(),
+            unreported: empty.clone(),
+            peers_have: empty,
+            copies: vec![0; book.geometry.chunk_count() as usize],
+            assigned: BTreeMap::new(),
+            delegates: Delegates::new(me, zone, salt),
+            opened: now,
+            last_got: now,
+            last_start: now,
+            tell_at: None,
+            beat_at: None,
+            look_at: None,
+        };
+        have.into_iter().for_each(|run| mesh.have.insert_run(run));
+        book.set_mesh(mesh);
+        self.arm_beat(layer);
+    }
+
+    /// What this node has of a layer in a mesh.
+    pub fn have(&self, layer: LayerKey) -> Option<&ChunkSet> {
+        self.books.get(&layer)?.mesh.as_ref().map(|mesh| &mesh.have)
+    }
+
+    /// Chunks are gone from this machine. Neighbours learn of it when they ask.
+    pub fn forget_have(&mut self, layer: LayerKey, run: Range<u32>) {
+        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+        for chunk in run.start..run.end.min(mesh.have.capacity()) {
+            mesh.have.remove(chunk);
+            mesh.untold.remove(chunk);
+            mesh.unreported.remove(chunk);
+        }
+    }
+
+    /// Somebody introduced a neighbour of a layer in a mesh; what it has it tells with [`Swarm::on_haves`]. It goes with
+    /// [`Swarm::remove_source`].
+    pub fn add_peer(&mut self, now: Duration, layer: LayerKey, source: SourceId, zone: Zone) {
+        self.now = self.now.max(now);
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let Some(mesh) = &book.mesh else { return };
+        if book.sources.contains_key(&source) {
+            return;
+        }
+        let has = Some(ChunkSet::new(book.geometry.chunk_count()));
+        let far = (zone != mesh.zone).then_some(zone);
+        book.sources.insert(source, Offer { units: Vec::new(), has, far });
+        self.sources.entry(source).or_insert_with(|| Source::new(SourceKind::Peer)).layers += 1;
+    }
+
+    /// A neighbour tells what it has.
+    pub fn on_haves(
+        &mut self,
+        now: Duration,
+        layer: LayerKey,
+        source: SourceId,
+        runs: &[Range<u32>],
+        delegates: &[Delegate],
+    ) {
+        self.now = self.now.max(now);
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let (Some(mesh), Some(offer)) = (&mut book.mesh, book.sources.get_mut(&source)) else { return };
+        let Some(has) = &mut offer.has else { return };
+        let Some(source) = self.sources.get(&source).filter(|source| !source.is_cut) else { return };
+        let is_reliable = source.is_reliable(&self.config, self.now);
+        for run in runs {
+            for chunk in run.start..run.end.min(has.capacity()) {
+                if has.insert(chunk) {
+                    mesh.copies.get_mut(chunk as usize).into_iter().for_each(|copies| *copies += 1);
+                }
+            }
+            if is_reliable {
+                mesh.peers_have.insert_run(run.clone());
+            }
+        }
+        if !delegates.is_empty() {
+            mesh.delegates.hear(self.now, delegates);
+        }
+    }
+
+    /// The seeder wants this node to fetch a run for all, from `from`: itself or a neighbour in another zone.
+    pub fn assign(&mut self, now: Duration, layer: LayerKey, run: Range<u32>, from: SourceId) {
+        self.now = self.now.max(now);
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let (Some(mesh), true) = (&mut book.mesh, book.sources.contains_key(&from)) else { return };
+        let end = run.end.min(mesh.have.capacity());
+        let missing: Vec<u32> = (run.start..end).filter(|chunk| !mesh.have.contains(*chunk)).collect();
+        for chunk in missing {
+            let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+            if mesh.assigned.len() < ASSIGNED_MAX {
+                mesh.assigned.insert(chunk, from);
+                self.want(now, layer, chunk..chunk + 1, Priority::Readahead, Duration::MAX);
+            }
+        }
+        self.on_alive(from);
+    }
+
+    /// The connection on which a seeder introduces and assigns is lost.
+    pub fn on_source_lost(&mut self, now: Duration, source: SourceId) {
+        self.now = self.now.max(now);
+        self.blame(source, None);
+    }
+
+    /// A seeder gave a sign of life that is no chunk.
+    pub fn on_alive(&mut self, source: SourceId) {
+        if let Some(source) = self.sources.get_mut(&source) {
+            source.alive();
+        }
+    }
+
+    /// Takes the next thing to tell other machines.
+    pub fn poll_message(&mut self) -> Option<Message> {
+        self.messages.pop_front()
+    }
+
+    /// A chunk is here: neighbours will hear of it.
+    pub(crate) fn note_have(&mut self, layer: LayerKey, chunk: u32) {
+        let leech = self.config.leech;
+        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+        mesh.assigned.remove(&chunk);
+        mesh.last_got = self.now;
+        if mesh.have.insert(chunk) {
+            mesh.unreported.insert(chunk);
+            if !leech {
+                mesh.untold.insert(chunk);
+                if mesh.tell_at.is_none() {
+                    self.timers.set(&mut mesh.tell_at, Some(self.now + self.config.tell_after), Timer::Tell(layer));
+                }
+            }
+            self.arm_beat(layer);
+        }
+    }
+
+    pub(crate) fn arm_beat(&mut self, layer: LayerKey) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let is_active = !book.is_idle();
+        let Some(mesh) = &mut book.mesh else { return };
+        if mesh.beat_at.is_none() && (is_active || !mesh.unreported.is_empty()) {
+            self.timers.set(&mut mesh.beat_at, Some(self.now + BEAT), Timer::Beat(layer));
+        }
+    }
+
+    pub(crate) fn tell(&mut self, layer: LayerKey, with_delegates: bool) {
+        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+        self.timers.set(&mut mesh.tell_at, None, Timer::Tell(layer));
+        let runs = mesh.untold.runs().collect();
+        mesh.untold.clear();
+        let delegates = if with_delegates { mesh.delegates.told() } else { Vec::new() };
+        self.messages.push_back(Message::Haves { layer, runs, delegates });
+    }
+
+    pub(crate) fn beat(&mut self, layer: LayerKey) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let is_active = !book.is_idle();
+        let Some(mesh) = &mut book.mesh else { return };
+        mesh.beat_at = None;
+        let (config, sources) = (&self.config, &self.sources);
+        unite(config, sources, self.now, book);
+        let Some(mesh) = &mut book.mesh else { return };
+        if !mesh.unreported.is_empty() {
+            let runs = mesh.unreported.runs().collect();
+            mesh.unreported.clear();
+            self.messages.push_back(Message::Report { layer, runs });
+        }
+        if is_active {
+            mesh.delegates.beat(self.now);
+            self.tell(layer, true);
+        }
+        self.arm_beat(layer);
+    }
+
+    /// A neighbour sent a wrong chunk: nothing of it counts any more.
+    pub(crate) fn cut(&mut self, source: SourceId) {
+        let Some(state) = self.sources.get_mut(&source).filter(|state| !state.is_cut) else { return };
+        state.is_cut = true;
+        let mut fetches = Vec::new();
+        for book in self.books.values_mut() {
+            if let Some(has) = book.sources.get_mut(&source).and_then(|offer| offer.has.as_mut()) {
+                let gone = std::mem::replace(has, ChunkSet::new(has.capacity()));
+                if let Some(mesh) = &mut book.mesh {
+                    mesh.uncount(gone.runs());
+                }
+                fetches.extend(book.fetches.iter().copied());
+                unite(&self.config, &self.sources, self.now, book);
+            }
+        }
+        for fetch in fetches {
+            if self.fetches.get(&fetch).is_some_and(|fetch| fetch.source == source) {
+                self.cancel_fetch(fetch);
+            }
+        }
+        self.messages.push_back(Message::Cut { source });
+    }
+
+    /// A neighbour does not have what it told.
+    pub(crate) fn forget_offer(&mut self, layer: LayerKey, source: SourceId, run: Range<u32>) {
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        if let Some(has) = book.sources.get_mut(&source).and_then(|offer| offer.has.as_mut()) {
+            let gone: Vec<u32> = run.filter(|chunk| has.remove(*chunk)).collect();
+            if let Some(mesh) = &mut book.mesh {
+                mesh.uncount(gone.into_iter().map(|chunk| chunk..chunk + 1));
+            }
+            unite(&self.config, &self.sources, self.now, book);
+        }
+    }
+
+    /// Starts at most one fetch for chunks that are queued with `priority`.
+    pub(crate) fn start_in_mesh(&mut self, layer: LayerKey, priority: Priority) -> bool {
+        let Some(book) = self.books.get(&layer).filter(|book| !book.queued_set(priority).is_empty()) else {
+            return false;
+        };
+        let Some(mesh) = &book.mesh else { return false };
+        let load: u64 = self.mesh_load.iter().sum();
+        let class = self.class(book, priority);
+        let room = self.config.mesh_in_flight_bytes_max(class).saturating_sub(load);
+        let has_room = room >= book.geometry.chunk_size() || load == 0;
+        if !has_room && mesh.assigned.is_empty() {
+            // The end of a fetch will look again.
+            return false;
+        }
+        let picked = if self.download.is_ready(self.now) {
+            let assigned = self.pick_assigned(book, mesh, priority);
+            let peer = || if has_room { self.pick_peer(book, mesh, priority) } else { None };
+            let seeder = || if has_room { self.pick_from_seeder(book, mesh, priority) } else { None };
+            // The registry is there for nobody while a seeder is; a seeder that is gone is still asked now and then.
+            let registry = || self.pick_from_registry(book, mesh, priority);
+            let is_reliable =
+                |id: &SourceId| self.sources.get(id).is_some_and(|source| source.is_reliable(&self.config, self.now));
+            let is_near =
+                |id: &SourceId| book.sources.get(id).is_some_and(|offer| offer.far.is_none()) && is_reliable(id);
+            let regular = assigned.map(|picked| (picked, true));
+            let regular = regular.or_else(|| peer().map(|(id, run)| ((id, run), is_near(&id))));
+            regular.or_else(|| registry().or_else(seeder).map(|picked| (picked, false)))
+        } else {
+            let at = self.download.ready_at();
+            self.timers.set(&mut self.rate_at, Some(at), Timer::Rate);
+            None
+        };
+        match picked {
+            Some(((source, run), is_regular)) => {
+                if is_regular && let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) {
+                    mesh.last_start = self.now;
+                }
+                self.start(layer, source, run, priority, false);
+                true
+            }
+            None => {
+                if let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut())
+                    && mesh.look_at.is_none()
+                {
+                    self.timers.set(&mut mesh.look_at, Some(self.now + LOOK), Timer::Look(layer));
+                }
+                false
+            }
+        }
+    }
+
+    /// What neighbours of a layer have changed.
+    pub(crate) fn unite(&mut self, layer: LayerKey) {
+        if let Some(book) = self.books.get_mut(&layer) {
+            unite(&self.config, &self.sources, self.now, book);
+        }
+    }
+
+    /// Who may be asked for a demanded chunk that `late` is late with: another neighbour, the near ones first; a seeder where
+    /// none has it; the registry only where it would have been asked anyway.
+    pub(crate) fn choose_hedge_in_mesh(&self, book: &Book, mesh: &Mesh, chunk: u32, late: SourceId) -> Choice {
+        let chunk_size = book.geometry.chunk_size();
+        let may = |id: SourceId, source: &Source| {
+            id != late
+                && picker::from(source, book, id, chunk, Priority::Demand) <= self.now
+                && source.has_room(&self.config, Priority::Demand, chunk_size)
+        };
+        let offers = book.sources.iter().filter(|(_, offer)| offer.has(chunk));
+        let usable = offers.filter_map(|(id, offer)| {
+            let source = self.sources.get(id).filter(|source| may(*id, source))?;
+            let is_allowed = match source.kind {
+                SourceKind::Local | SourceKind::Peer | SourceKind::Seeder => true,
+                SourceKind::Registry => self.seeder_gone_at(book, mesh, Priority::Demand).is_some_and(|gone| {
+                    let ranks = self.ranks(mesh, gone, self.config.delegate_patience / 4);
+                    mesh.delegates.is_mine(self.block(book, chunk), ranks, false)
+                }),
+            };
+            is_allowed.then_some((source.kind, offer.far.is_some(), source.in_flight_bytes(), *id))
+        });
+        match usable.min() {
+            Some((.., source)) => Choice::Fetch { source, run: chunk..chunk + 1 },
+            None => Choice::Busy,
+        }
+    }
+
+    fn pick_assigned(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
+        let queued = book.queued_set(priority);
+        let mut assigned = mesh.assigned.iter().filter(|(chunk, _)| queued.contains(**chunk)).take(HEADS);
+        let (chunk, source) = assigned.find(|(chunk, id)| {
+            let may = |source: &Source| {
+                let from = match source.kind {
+                    SourceKind::Seeder => source.fails_until(priority),
+                    _ => picker::from(source, book, **id, **chunk, priority),
+                };
+                from <= self.now && source.has_room(&self.config, priority, book.geometry.chunk_size())
+            };
+            book.sources.contains_key(id) && self.sources.get(id).is_some_and(may)
+        })?;
+        let joins = |chunk: u32| queued.contains(chunk) && mesh.assigned.get(&chunk) == Some(source);
+        Some((*source, self.run(book, *chunk, self.config.peer_run_bytes, joins)))
+    }
+
+    fn pick_peer(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
+        let queued = book.queued_set(priority);
+        let chunk_size = book.geometry.chunk_size();
+        let draw = mix(mesh.draw ^ self.next_fetch);
+        let class = self.class(book, priority);
+        let mut peers: Vec<(bool, Duration, u64, SourceId)> = Vec::with_capacity(book.sources.len());
+        for (id, offer) in &book.sources {
+            let (Some(_), Some(source)) = (&offer.has, self.sources.get(id)) else { continue };
+            if source.rests_until(priority) <= self.now && source.has_room(&self.config, class, chunk_size) {
+                peers.push((offer.far.is_some(), source.expected_wait(self.now), mix(draw ^ id.0), *id));
+            }
+        }
+        peers.sort_unstable();
+        let in_order = priority == Priority::Demand && class == priority;
+        let (first, last) = (queued.next(0)?, queued.last()?);
+        let from = |draw: u64| first + (draw % u64::from(last - first + 1)) as u32;
+        let start = if in_order { first } else { from(draw) };
+        let mut far_allowed = None;
+        for (is_far, _, _, id) in peers {
+            let Some(has) = book.sources.get(&id).and_then(|offer| offer.has.as_ref()) else { continue };
+            let found =
+                |from| queued.next_in_both(has, from, last + 1).or_else(|| queued.next_in_both(has, first, from));
+            let Some(mut chunk) = found(start) else { continue };
+            // Of some drawn by lot the one that fewest have: else what came late would stay behind what all have.
+            let draws = if in_order { 0 } else { RAREST_OF };
+            for step in 0..draws {
+                chunk = found(from(mix(draw ^ step)))
+                    .map_or(chunk, |other| if mesh.copies(other) < mesh.copies(chunk) { other } else { chunk });
+            }
+            if is_far && priority != Priority::Demand {
+                let gone = *far_allowed.get_or_insert_with(|| self.seeder_gone_at(book, mesh, priority));
+                let ranks = |gone: Duration| self.ranks(mesh, gone, self.config.delegate_patience);
+                let is_mine = |gone| mesh.delegates.is_mine(self.block(book, chunk), ranks(gone), true);
+                let is_stuck = mesh.last_start + self.config.orphan_patience * 4 <= self.now;
+                if !is_stuck && !gone.is_some_and(is_mine) {
+                    continue;
+                }
+            }
+            let joins = |chunk: u32| queued.contains(chunk) && has.contains(chunk);
+            return Some((id, self.run(book, chunk, self.config.peer_run_bytes, joins)));
+        }
+        None
+    }
+
+    /// Chunks that no neighbour may be asked for.
+    fn pick_from_seeder(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
+        if priority == Priority::Background && mesh.last_start + self.config.orphan_patience > self.now {
+            return None;
+        }
+        let queued = book.queued_set(priority);
+        let usable = |chunk: u32| {
+            let peers = book.sources.iter().filter(|(_, offer)| offer.has.is_some() && offer.has(chunk));
+            peers.filter_map(|(id, _)| self.sources.get(id)).any(|source| source.rests_until(priority) <= self.now)
+        };
+        // Many that are wanted at once: not all nodes should ask for the same first one.
+        let is_crowd = queued.count() > self.config.ordered_max;
+        let draw = if is_crowd { mix(mesh.draw ^ self.next_fetch) } else { 0 };
+        let from = (draw % u64::from(queued.capacity().max(1))) as u32;
+        let orphan = || {
+            let after = queued.next_not_in(&mesh.peers_have, from, u32::MAX);
+            after.or_else(|| queued.next_not_in(&mesh.peers_have, 0, from))
+        };
+        let deserted = || book.queued(priority).map(|(_, chunk)| chunk).take(HEADS).find(|chunk| !usable(*chunk));
+        let chunk = orphan().or_else(deserted)?;
+        let is_seeder = |source: &&Source| source.kind == SourceKind::Seeder;
+        let seeders = book.sources.keys().filter_map(|id| Some((*id, self.sources.get(id).filter(is_seeder)?)));
+        let usable = seeders.filter(|(id, source)| {
+            picker::from(source, book, *id, chunk, priority) <= self.now
+                && source.has_room(&self.config, priority, book.geometry.chunk_size())
+                && (!is_crowd || source.in_flight_fetches() < self.config.crowd_fetches_max)
+        });
+        let (id, _) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
+        let is_small = is_crowd || priority == Priority::Background;
+        let bytes = if is_small { self.config.peer_run_bytes } else { self.config.demand_run_bytes };
+        let joins = |chunk: u32| queued.contains(chunk) && !mesh.peers_have.contains(chunk);
+        Some((id, self.run(book, chunk, bytes, joins)))
+    }
+
+    /// Chunks that no neighbour has and that it is this node's turn to fetch for all.
+    fn pick_from_registry(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
+        let gone = self.seeder_gone_at(book, mesh, priority)?;
+        let is_registry = |source: &&Source| source.kind == SourceKind::Registry && self.registry.is_ready(self.now);
+        let registries = book.sources.keys().filter_map(|id| Some((*id, self.sources.get(id).filter(is_registry)?)));
+        let usable = registries.filter(|(_, source)| source.rests_until(priority) <= self.now);
+        let (id, source) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
+        let queued = book.queued_set(priority);
+        let mut from = 0;
+        for _ in 0..HEADS * 4 {
+            let chunk = queued.next_not_in(&mesh.peers_have, from, u32::MAX)?;
+            let block = self.block(book, chunk);
+            let end = self.block_end(book, block);
+            let since = book.want(chunk).map_or(Duration::ZERO, |want| want.since);
+            let ranks = match priority {
+                Priority::Demand => self.ranks(mesh, gone.max(since), self.config.delegate_patience / 4),
+                Priority::Readahead | Priority::Background => self.ranks(mesh, gone, self.config.delegate_patience),
+            };
+            let avoided = picker::from(source, book, id, chunk, priority) > self.now;
+            if !avoided && mesh.delegates.is_mine(block, ranks, false) {
+                let joins = |chunk: u32| chunk < end && queued.contains(chunk) && !mesh.peers_have.contains(chunk);
+                let run = self.run(book, chunk, self.config.background_run_bytes_units, joins);
+                let bytes = book.bytes(&book.cover(id, &run));
+                let has_room = source.has_room(&self.config, priority, picker::load(&self.config, bytes));
+                return has_room.then_some((id, run));
+            }
+            from = end;
+        }
+        None
+    }
+
+    /// How many delegates may fetch a block: one more for each `patience` in which nothing came.
+    fn ranks(&self, mesh: &Mesh, since: Duration, patience: Duration) -> usize {
+        let since = if patience == self.config.delegate_patience { since.max(mesh.last_got) } else { since };
+        let waited = self.now.saturating_sub(since).as_nanos() / patience.as_nanos().max(1);
+        usize::try_from(waited).unwrap_or(usize::MAX).saturating_add(1)
+    }
+
+    /// Since when all seeders are gone, if they are.
+    fn seeder_gone_at(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<Duration> {
+        let [demand, other] = self.config.seeder_gone_after;
+        let patience = if priority == Priority::Demand { demand } else { other };
+        let is_seeder = |source: &&Source| source.kind == SourceKind::Seeder;
+        let mut gone = mesh.opened + patience;
+        for source in book.sources.keys().filter_map(|id| self.sources.get(id).filter(is_seeder)) {
+            gone = gone.max(source.fails_for_at(patience)?);
+        }
+        (gone <= self.now).then_some(gone)
+    }
+
+    /// Whose limits hold for what is queued with `priority`.
+    fn class(&self, book: &Book, priority: Priority) -> Priority {
+        let is_crowd = book.queued_set(priority).count() > self.config.ordered_max;
+        if is_crowd { Priority::Background } else { priority }
+    }
+
+    /// The unit in which delegates share a blob.
+    fn block(&self, book: &Book, chunk: u32) -> u32 {
+        chunk / self.block_chunks(book)
+    }
+
+    fn block_end(&self, book: &Book, block: u32) -> u32 {
+        (block + 1).saturating_mul(self.block_chunks(book)).min(book.geometry.chunk_count())
+    }
+
+    fn block_chunks(&self, book: &Book) -> u32 {
+        let chunks = self.config.background_run_bytes_units >> book.geometry.chunk_log2();
+        u32::try_from(chunks).unwrap_or(u32::MAX).max(1)
+    }
+
+    fn run(&self, book: &Book, chunk: u32, bytes_max: u64, joins: impl Fn(u32) -> bool) -> Range<u32> {
+        let chunks_max = u32::try_from(bytes_max >> book.geometry.chunk_log2()).unwrap_or(u32::MAX).max(1);
+        let mut end = chunk.saturating_add(1);
+        while end - chunk < chunks_max && joins(end) {
+            end += 1;
+        }
+        chunk..end
+    }
+}
+
+/// Sums up what neighbours have that can be counted on.
+fn unite(config: &Config, sources: &BTreeMap<SourceId, Source>, now: Duration, book: &mut Book) {
+    let Some(mesh) = &mut book.mesh else { return };
+    mesh.peers_have.clear();
+    let is_reliable = |id: &SourceId| sources.get(id).is_some_and(|source| source.is_reliable(config, now));
+    for has in book.sources.iter().filter(|(id, _)| is_reliable(id)).filter_map(|(_, offer)| offer.has.as_ref()) {
+        mesh.peers_have.unite(has);
+    }
+}

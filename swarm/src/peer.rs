@@ -1,0 +1,18 @@
+//! Who is who in the mesh.
+
+/// A machine, by a number that every node computes alike (from its certificate or address).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerId(pub u64);
+
+/// A part of the network within which bytes are cheap, as the owner numbers them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Zone(pub u32);
+
+/// Spreads the bits of a number (the output function of SplitMix64: Steele, Lea, Flood: Fast splittable pseudorandom number
+/// generators).
+pub(crate) const fn mix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
