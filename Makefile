@@ -7,6 +7,7 @@
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
+#   make bench-swarm    a thousand nodes and more, simulated (SEED=..., ONLY="1000, 1 GiB")
 #   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
 #   make nightly        what takes too long for every change
 
@@ -107,7 +108,11 @@ $(DENY):
 fuzz: setup-fuzz
 	@CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(FUZZ_SECONDS)
 
-.PHONY: bench-single bench-files bench-footprint bench-kernels
+.PHONY: bench-single bench-files bench-footprint bench-kernels bench-swarm
+# The cores of many nodes on a modelled network. Without ONLY it takes hours, and the largest needs gigabytes of memory.
+bench-swarm:
+	@SEED=$(SEED) $(CARGO) bench --quiet -p swarm --bench mesh -- $(if $(ONLY),$(call quoted,$(ONLY)))
+
 # Tables of ingest, of layers made from /usr or those in BLOBS; then scanning, inflating and the wire form, with criterion.
 bench-kernels:
 	$(CARGO) bench -p node --bench ingest -- $(BLOBS)

@@ -1,0 +1,330 @@
+//! Nodes that give each other a layer: whole meshes with faults, on a modelled network.
+
+mod simulator;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use layer::Geometry;
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use simulator::{LAYER, Scenario, simulate};
+use swarm::{
+    Action, Config, FetchId, Message, Outcome, PeerId, Priority, SourceId, SourceKind, Swarm, UploadConfig, Verdict,
+    Zone,
+};
+
+const SEEDER: SourceId = SourceId(1);
+const REGISTRY: SourceId = SourceId(2);
+const CHUNKS: u32 = 64;
+
+fn core(config: Config) -> Swarm {
+    let mut swarm = Swarm::new(config, 7);
+    swarm.add_layer(LAYER, Geometry::new(u64::from(CHUNKS) << 17, 17).unwrap());
+    swarm.open_mesh(ms(0), LAYER, PeerId(1), Zone(1), 5, []);
+    swarm.add_source(LAYER, SEEDER, SourceKind::Seeder, Vec::new());
+    swarm.add_source(LAYER, REGISTRY, SourceKind::Registry, Vec::new());
+    swarm
+}
+
+fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+fn neighbour(swarm: &mut Swarm, id: u64, zone: u32, has: std::ops::Range<u32>) -> SourceId {
+    swarm.add_peer(ms(0), LAYER, SourceId(id), Zone(zone));
+    swarm.on_haves(ms(0), LAYER, SourceId(id), &[has], &[]);
+    SourceId(id)
+}
+
+fn fetches(swarm: &mut Swarm, now: Duration) -> Vec<(FetchId, SourceId, std::ops::Range<u32>)> {
+    std::iter::from_fn(|| swarm.poll_action(now))
+        .filter_map(|action| match action {
+            Action::Fetch { fetch, source, run, .. } => Some((fetch, source, run)),
+            Action::Cancel { .. } | Action::Fail { .. } => None,
+        })
+        .collect()
+}
+
+#[test]
+fn background_leaves_the_seeder_to_those_who_are_assigned() {
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+    assert!(fetches(&mut swarm, ms(0)).is_empty());
+    swarm.assign(ms(1), LAYER, 8..10, SEEDER);
+    let asked: Vec<_> = fetches(&mut swarm, ms(1)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(SEEDER, 8..10)]);
+    // Nobody gives anything: it may ask for more, and only the seeder.
+    swarm.handle_timeout(ms(1000));
+    let asked = fetches(&mut swarm, ms(1000));
+    assert!(!asked.is_empty() && asked.iter().all(|(_, source, _)| *source == SEEDER), "{asked:?}");
+}
+
+#[test]
+fn demand_asks_the_near_then_the_far_then_the_seeder() {
+    let mut swarm = core(Config::default());
+    let far = neighbour(&mut swarm, 10, 2, 0..3);
+    let near = neighbour(&mut swarm, 11, 1, 0..1);
+    for (chunk, source) in [(0, near), (1, far), (20, SEEDER)] {
+        swarm.want(ms(0), LAYER, chunk..chunk + 1, Priority::Demand, ms(20_000));
+        let asked = fetches(&mut swarm, ms(0));
+        assert!(asked.iter().any(|(_, from, run)| *from == source && run.contains(&chunk)), "{chunk}: {asked:?}");
+    }
+}
+
+#[test]
+fn background_stays_in_its_zone() {
+    let mut swarm = core(Config::default());
+    let far = neighbour(&mut swarm, 10, 2, 0..CHUNKS);
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+    assert!(fetches(&mut swarm, ms(0)).is_empty());
+    swarm.assign(ms(0), LAYER, 3..4, far);
+    let asked: Vec<_> = fetches(&mut swarm, ms(0)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(far, 3..4)]);
+}
+
+#[test]
+fn neighbours_hear_within_the_delay_what_came() {
+    let mut swarm = core(Config::default());
+    neighbour(&mut swarm, 11, 1, 0..4);
+    swarm.want(ms(0), LAYER, 0..4, Priority::Demand, ms(20_000));
+    let (fetch, _, run) = fetches(&mut swarm, ms(0)).remove(0);
+    assert_eq!(run, 0..2, "a run is at most what others may have to wait for");
+    for chunk in run {
+        swarm.on_chunk(ms(5 + u64::from(chunk)), fetch, chunk, Verdict::Verified);
+    }
+    assert_eq!(swarm.poll_message(), None);
+    swarm.handle_timeout(ms(55));
+    let told = Message::Haves { layer: LAYER, runs: vec![0..2; 1], delegates: Vec::new() };
+    assert_eq!(swarm.poll_message(), Some(told));
+}
+
+#[test]
+fn a_liar_is_cut_off_at_once_and_everywhere() {
+    let mut swarm = core(Config::default());
+    let liar = neighbour(&mut swarm, 11, 1, 0..CHUNKS);
+    swarm.want(ms(0), LAYER, 0..8, Priority::Demand, ms(20_000));
+    let asked = fetches(&mut swarm, ms(0));
+    assert!(asked.iter().all(|(_, source, _)| *source == liar));
+    swarm.on_chunk(ms(3), asked[0].0, asked[0].2.start, Verdict::Wrong);
+    assert_eq!(swarm.poll_message(), Some(Message::Cut { source: liar }));
+    let asked = fetches(&mut swarm, ms(3));
+    assert!(!asked.is_empty() && asked.iter().all(|(_, source, _)| *source == SEEDER), "{asked:?}");
+    swarm.on_haves(ms(4), LAYER, liar, std::slice::from_ref(&(0..CHUNKS)), &[]);
+    swarm.want(ms(4), LAYER, 20..21, Priority::Demand, ms(20_000));
+    assert!(fetches(&mut swarm, ms(4)).iter().all(|(_, source, _)| *source != liar));
+}
+
+#[test]
+fn a_silent_neighbour_is_hedged_before_a_reader_notices() {
+    let mut swarm = core(Config::default());
+    neighbour(&mut swarm, 11, 1, 0..4);
+    let other = neighbour(&mut swarm, 12, 1, 0..4);
+    swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+    let first = fetches(&mut swarm, ms(0));
+    let at = swarm.poll_timeout().unwrap();
+    assert!(at <= ms(100), "{at:?}");
+    swarm.handle_timeout(ms(60));
+    let second = fetches(&mut swarm, ms(60));
+    assert_eq!(second.len(), 1);
+    assert_ne!(first[0].1, second[0].1);
+    assert!([SourceId(11), other].contains(&second[0].1));
+}
+
+#[test]
+fn a_late_neighbour_is_no_reason_to_ask_the_registry() {
+    let mut swarm = core(Config::default());
+    let late = neighbour(&mut swarm, 11, 1, 0..4);
+    swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+    let mut asked = BTreeSet::new();
+    for now in (0..1000).step_by(10).map(ms) {
+        swarm.handle_timeout(now);
+        swarm.on_alive(SEEDER);
+        asked.extend(fetches(&mut swarm, now).into_iter().map(|(_, source, _)| source));
+    }
+    assert_eq!(asked, BTreeSet::from([late, SEEDER]));
+}
+
+#[test]
+fn a_silent_seeder_is_given_up_within_a_second() {
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+    let is_given_up = |now: &Duration| {
+        swarm.handle_timeout(*now);
+        fetches(&mut swarm, *now).iter().any(|(_, source, _)| *source == REGISTRY)
+    };
+    let at = (0..2000).step_by(10).map(ms).find(is_given_up).unwrap();
+    assert!(at > ms(500) && at < ms(1000), "{at:?}");
+}
+
+#[test]
+fn a_neighbour_that_only_refuses_is_not_counted_on() {
+    for outcome in
+        [Outcome::Failed { reason: "refused".into(), retry_after: None }, Outcome::Busy { retry_after: ms(20) }]
+    {
+        let mut swarm = core(Config::default());
+        let only = neighbour(&mut swarm, 11, 1, 0..CHUNKS);
+        swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+        let asks_the_seeder = |now: &Duration| {
+            swarm.handle_timeout(*now);
+            let asked = fetches(&mut swarm, *now);
+            for (fetch, ..) in asked.iter().filter(|(_, source, _)| *source == only) {
+                swarm.on_end(*now, *fetch, outcome.clone());
+            }
+            asked.iter().any(|(_, source, _)| *source == SEEDER)
+        };
+        let at = (0..20_000).step_by(10).map(ms).find(asks_the_seeder);
+        assert!(at.is_some(), "{outcome:?}");
+    }
+}
+
+#[test]
+fn many_demanded_chunks_are_left_to_many_nodes() {
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Demand, ms(20_000));
+    let bytes: usize = fetches(&mut swarm, ms(0)).iter().map(|(.., run)| run.len() << 17).sum();
+    assert!(bytes <= 512 << 10, "{bytes}");
+}
+
+#[test]
+fn the_rarer_chunk_is_fetched_first() {
+    let mut swarm = core(Config { mesh_in_flight_bytes_max: [1 << 20; 3], ..Config::default() });
+    for id in 11..15 {
+        neighbour(&mut swarm, id, 1, 0..16);
+    }
+    neighbour(&mut swarm, 20, 1, 0..CHUNKS);
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+    let from_rich: Vec<_> = fetches(&mut swarm, ms(0)).into_iter().filter(|(_, id, _)| *id == SourceId(20)).collect();
+    assert!(!from_rich.is_empty() && from_rich.iter().all(|(.., run)| run.start >= 16), "{from_rich:?}");
+}
+
+#[test]
+fn a_busy_neighbour_is_left_without_blame() {
+    let mut swarm = core(Config::default());
+    let only = neighbour(&mut swarm, 11, 1, 0..4);
+    swarm.want(ms(0), LAYER, 0..2, Priority::Background, Duration::MAX);
+    let (fetch, ..) = fetches(&mut swarm, ms(0)).remove(0);
+    swarm.on_end(ms(1), fetch, Outcome::Busy { retry_after: ms(20) });
+    assert!(fetches(&mut swarm, ms(10)).is_empty());
+    assert!(fetches(&mut swarm, ms(21)).iter().all(|(_, source, _)| *source == only));
+}
+
+#[test]
+fn the_registry_is_asked_when_all_seeders_are_gone() {
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..4, Priority::Demand, ms(20_000));
+    let (fetch, source, _) = fetches(&mut swarm, ms(0)).remove(0);
+    assert_eq!(source, SEEDER);
+    swarm.on_source_lost(ms(1), SEEDER);
+    swarm.on_end(ms(1), fetch, Outcome::Failed { reason: "gone".into(), retry_after: None });
+    assert!(fetches(&mut swarm, ms(100)).iter().all(|(_, source, _)| *source != REGISTRY));
+    swarm.handle_timeout(ms(700));
+    let asked = fetches(&mut swarm, ms(700));
+    assert!(asked.iter().any(|(_, source, _)| *source == REGISTRY), "{asked:?}");
+}
+
+#[test]
+fn a_rate_holds_the_next_fetch_back() {
+    let mut swarm = core(Config { download_bytes_per_sec: 1 << 20, ..Config::default() });
+    neighbour(&mut swarm, 11, 1, 0..CHUNKS);
+    swarm.want(ms(1000), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+    let mut bytes = 0;
+    for now in (1000..4000).step_by(10).map(ms) {
+        swarm.handle_timeout(now);
+        for (fetch, _, run) in fetches(&mut swarm, now) {
+            bytes += run.len() << 17;
+            run.for_each(|chunk| swarm.on_chunk(now, fetch, chunk, Verdict::Verified));
+            swarm.on_end(now, fetch, Outcome::Done);
+        }
+    }
+    assert!((2 << 20..=(3 << 20) + (512 << 10)).contains(&bytes), "{bytes}");
+}
+
+#[test]
+fn a_removed_mesh_leaves_nothing_behind() {
+    let mut swarm = core(Config::default());
+    neighbour(&mut swarm, 11, 1, 0..CHUNKS);
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Background, Duration::MAX);
+    fetches(&mut swarm, ms(0));
+    swarm.remove_layer(LAYER);
+    assert_eq!(swarm.poll_timeout(), None);
+}
+
+/// 40 nodes, 64 MiB.
+fn forty(seed: u64) -> Scenario {
+    Scenario { end: Duration::from_secs(60), ..Scenario::new(seed, 40, 64 << 20) }
+}
+
+#[test]
+fn the_seeder_and_the_registry_send_the_layer_about_once() {
+    let report = simulate(forty(3));
+    assert_eq!(report.complete, report.nodes);
+    assert!(report.seeder_copies <= 1.3 && report.registry_copies <= 1.02, "{report:?}");
+}
+
+#[test]
+fn each_zone_is_entered_about_once() {
+    let report = simulate(Scenario { zones: 3, ..forty(4) });
+    assert_eq!(report.complete, report.nodes);
+    assert!(report.zone_entries <= 1.2 && report.seeder_copies <= 1.3, "{report:?}");
+}
+
+#[test]
+fn without_a_seeder_the_nodes_share_the_registry() {
+    let report = simulate(Scenario { seeder_dies_at: Some(30), ..forty(5) });
+    assert_eq!(report.complete, report.nodes);
+    assert!(report.registry_copies <= 1.5, "{report:?}");
+}
+
+#[test]
+fn many_readers_at_once_wait_little_and_leave_the_registry_alone() {
+    let cold = Scenario { demand: Some(20 << 20), ingest: false, ..Scenario::new(6, 60, 256 << 20) };
+    let report = simulate(cold);
+    assert_eq!(report.complete, report.nodes);
+    assert!(report.p99 <= ms(618) && report.registry_copies == 0.0, "{report:?}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let run = || simulate(Scenario { liars: 40, dying: 40, late: 40, ..forty(9) });
+    assert_eq!(format!("{:?}", run()), format!("{:?}", run()));
+}
+
+fn config() -> ProptestConfig {
+    let config = ProptestConfig::default();
+    let is_chosen = |name| std::env::var_os(name).is_some();
+    let rng_seed = if is_chosen("PROPTEST_RNG_SEED") { config.rng_seed } else { RngSeed::Fixed(1) };
+    let cases = if is_chosen("PROPTEST_CASES") { config.cases } else { 48 };
+    ProptestConfig { cases, rng_seed, ..config }
+}
+
+fn scenario() -> impl Strategy<Value = Scenario> {
+    let chances = (0..80usize, 0..60usize, 0..80usize, 0..80usize, 0..60usize);
+    let faults = (chances, prop_oneof![Just(None), (0..90u64).prop_map(Some)], any::<bool>());
+    (any::<u64>(), 1..24usize, 1..160u64, 1..4usize, faults).prop_map(
+        |(seed, nodes, eighths, zones, ((liars, slow, dying, late, leeches), seeder_dies_at, small))| {
+            let mut scenario = Scenario::new(seed, nodes, eighths << 17);
+            let uploads = if small {
+                UploadConfig { slots: 3, demand_slots: 1, peer_slots: 1, ..UploadConfig::default() }
+            } else {
+                UploadConfig::default()
+            };
+            scenario.end = Duration::from_secs(120);
+            Scenario { zones, liars, slow, dying, late, leeches, seeder_dies_at, uploads, ..scenario }
+        },
+    )
+}
+
+proptest! {
+    // The same cases each time; PROPTEST_RNG_SEED=... and PROPTEST_CASES=... for others.
+    #![proptest_config(config())]
+
+    /// Whatever else happens, the registry works: everybody gets everything, and nobody anything wrong.
+    #[test]
+    fn everybody_gets_everything(scenario in scenario()) {
+        let report = simulate(scenario);
+        prop_assert_eq!(report.complete, report.nodes, "seed {}: {:?}", report.seed, report);
+        prop_assert_eq!(report.wrong_passed_on, 0);
+        prop_assert_eq!(report.failed, 0);
+    }
+}
