@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use crate::chunk::{ChunkIndex, Geometry};
 
-/// zstd level of a chunk that is encoded without hurry and without time to spare. docs/BENCHMARKS.md has the size and speed of
-/// each level; this one keeps a whole image, with its index, within 1.06 times its gzip layers.
+/// zstd level of a chunk that is encoded without hurry and without time to spare: 1.01 to 1.03 times gzip -6 layers, where level 3 is
+/// 1.01 to 1.05. docs/BENCHMARKS.md has the size and speed of each level.
 pub const LEVEL: i32 = 4;
 
 /// What an [`Encoder`] for chunks of the default size takes in memory, in bytes, with any level up to two above [`LEVEL`].
