@@ -215,6 +215,13 @@ struct Machine {
     uploads: Uploads,
 }
 
+impl Machine {
+    fn new(zone: usize, rate: u64, uploads: UploadConfig) -> Self {
+        let uploads = Uploads::new(uploads);
+        Self { zone, alive: true, rate, free_at: 0, queue: BinaryHeap::new(), sending: None, sent_bytes: 0, uploads }
+    }
+}
+
 struct Node {
     core: Swarm,
     neighbours: Vec<usize>,
@@ -300,16 +307,7 @@ pub fn simulate(scenario: Scenario) -> Report {
 impl Simulation {
     fn new(scenario: Scenario) -> Self {
         let geometry = Geometry::new(scenario.bytes, scenario.chunk_log2).unwrap();
-        let machine = |zone, rate| Machine {
-            zone,
-            alive: true,
-            rate,
-            free_at: 0,
-            queue: BinaryHeap::new(),
-            sending: None,
-            sent_bytes: 0,
-            uploads: Uploads::new(scenario.uploads.clone()),
-        };
+        let machine = |zone, rate| Machine::new(zone, rate, scenario.uploads.clone());
         let mut simulation = Self {
             geometry,
             now: 0,
@@ -352,16 +350,8 @@ impl Simulation {
         let config = Config { leech: is_leech, ..self.scenario.config.clone() };
         let seed = self.draw(u64::MAX);
         let (machine, count) = (at + NODES, self.geometry.chunk_count());
-        self.machines.push(Machine {
-            zone: at % zones,
-            alive: true,
-            rate,
-            free_at: 0,
-            queue: BinaryHeap::new(),
-            sending: None,
-            sent_bytes: 0,
-            uploads: Uploads::new(UploadConfig { leech: is_leech, ..self.scenario.uploads.clone() }),
-        });
+        let uploads = UploadConfig { leech: is_leech, ..self.scenario.uploads.clone() };
+        self.machines.push(Machine::new(at % zones, rate, uploads));
         self.nodes.push(Node {
             core: Swarm::new(config, seed),
             neighbours: Vec::new(),
