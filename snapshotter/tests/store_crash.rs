@@ -56,10 +56,30 @@ fn acknowledged_changes_survive_kill_9() {
     assert!(acknowledged > ROUNDS as usize, "the workload did next to nothing");
 }
 
+/// A new store whose making was cut off is made again.
+#[test]
+fn kill_9_while_a_store_is_made() {
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    for round in 0..ROUNDS {
+        let root = tempfile::tempdir().expect("temporary directory");
+        let mut child = child(root.path(), seed * 1000 + round);
+        let mut output = BufReader::new(child.stdout.take().expect("is piped")).lines();
+        let begins = output.find(|line| line.as_ref().is_ok_and(|line| line.contains("begins")));
+        assert!(begins.is_some(), "the workload ended by itself: {:?}", child.wait());
+        pause(random.below(8000));
+        child.kill().expect("kills");
+        child.wait().expect("is reaped");
+        open(root.path());
+    }
+}
+
 /// The child: changes the store until it is killed. Does nothing in an ordinary run of the tests.
 #[test]
 fn workload() {
     let (Some(root), Ok(seed)) = (std::env::var_os(ROOT), std::env::var(SEED)) else { return };
+    say("begins");
     let store = Arc::new(open(Path::new(&root)));
     // Sweeping must never take a directory that is just being made.
     std::thread::spawn({
@@ -90,13 +110,7 @@ fn workload() {
 
 /// Lets a child work and kills it; gives what it acknowledged, with the ids of new snapshots, and what it had begun.
 fn run_and_kill(root: &Path, seed: u64, random: &mut Random) -> (Vec<(Operation, Option<u64>)>, Option<Operation>) {
-    let mut child = Command::new(std::env::current_exe().expect("a test program has a path"))
-        .args(["workload", "--exact", "--nocapture", "--test-threads=1"])
-        .env(ROOT, root)
-        .env(SEED, seed.to_string())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("starts");
+    let mut child = child(root, seed);
     let mut lines = BufReader::new(child.stdout.take().expect("is piped")).lines();
     let (mut done, mut pending) = (Vec::new(), None);
     let mut take = |line: &str| {
@@ -113,16 +127,30 @@ fn run_and_kill(root: &Path, seed: u64, random: &mut Random) -> (Vec<(Operation,
         }
     }
     // Some way into the next change.
-    let moment = Instant::now() + Duration::from_micros(random.below(4000));
-    while Instant::now() < moment {
-        std::hint::spin_loop();
-    }
+    pause(random.below(4000));
     child.kill().expect("kills");
     for line in lines.map_while(Result::ok) {
         take(&line);
     }
     child.wait().expect("is reaped");
     (done, pending)
+}
+
+fn child(root: &Path, seed: u64) -> std::process::Child {
+    Command::new(std::env::current_exe().expect("a test program has a path"))
+        .args(["workload", "--exact", "--nocapture", "--test-threads=1"])
+        .env(ROOT, root)
+        .env(SEED, seed.to_string())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("starts")
+}
+
+fn pause(micros: u64) {
+    let moment = Instant::now() + Duration::from_micros(micros);
+    while Instant::now() < moment {
+        std::hint::spin_loop();
+    }
 }
 
 fn choose(model: &Model, random: &mut Random, unique: &str) -> Operation {

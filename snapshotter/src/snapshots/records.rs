@@ -383,13 +383,11 @@ const NEXT_ID: &str = "next_id";
 
 fn open_database(path: &Path) -> Result<Database, OpenError> {
     let failed = |error: redb::Error| OpenError::Records { path: path.to_owned(), source: Box::new(error) };
-    let database =
-        Database::builder().set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true).create(path).map_err(
-            |error| match error {
-                redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
-                error => failed(error.into()),
-            },
-        )?;
+    create_database(path).map_err(|error| failed(error.into()))?;
+    let database = builder().open(path).map_err(|error| match error {
+        redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+        error => failed(error.into()),
+    })?;
     let found = initialise(&database).map_err(failed)?;
     if found > FORMAT {
         return Err(OpenError::NewerFormat { path: PathBuf::from(path), found, supported: FORMAT });
@@ -397,6 +395,40 @@ fn open_database(path: &Path) -> Result<Database, OpenError> {
     // What cannot be had now was not needed yet.
     let _ = fill_holes(path);
     Ok(database)
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+    builder
+}
+
+/// Makes the file where there is none. It gets its name when it is whole and on the disk: redb takes a file whose making was
+/// cut off for no database, and would never open it again.
+fn create_database(path: &Path) -> Result<(), redb::DatabaseError> {
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+
+    if path.exists() {
+        return Ok(());
+    }
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = std::fs::File::from(rustix::fs::open(directory, flags, Mode::from_raw_mode(0o600)).map_err(io)?);
+    let nameless = file.try_clone().map_err(redb::StorageError::Io)?;
+    drop(builder().create_with_backend(redb::backends::FileBackend::new(file)?)?);
+    let descriptor = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&nameless));
+    match rustix::fs::linkat(CWD, descriptor, CWD, path, AtFlags::SYMLINK_FOLLOW) {
+        // Another process was as quick; only one of the two will have it open.
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(error) => return Err(io(error)),
+    }
+    std::fs::File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| redb::StorageError::Io(error).into())
+}
+
+fn io(error: rustix::io::Errno) -> redb::DatabaseError {
+    redb::StorageError::Io(error.into()).into()
 }
 
 /// Writes zeros where the file has no blocks: it is sparse at first. With blocks below all of it a removal needs no new one, so
