@@ -10,6 +10,7 @@ mod evict;
 mod fill;
 pub mod ingest;
 pub mod layer;
+pub mod mesh;
 pub mod node;
 pub mod reader;
 pub mod registry;
