@@ -288,7 +288,7 @@ impl Driver {
                     let mut end = end;
                     let mut sink =
                         Sink { layer, kind: source.kind(), inbox: end.inbox.clone(), fetch, given: BTreeSet::new() };
-                    let result = source.fetch(run, &mut sink).await;
+                    let result = source.fetch(run, priority, &mut sink).await;
                     end.outcome = outcome(result);
                 });
                 self.running.insert(fetch, Running { task: task.abort_handle(), layer: key, source: id });
@@ -375,7 +375,8 @@ fn outcome(result: Result<(), SourceError>) -> Outcome {
         Err(error) => {
             let reason = error.to_string().into();
             match error {
-                SourceError::Busy { retry_after, .. } => Outcome::Failed { reason, retry_after },
+                SourceError::Busy { retry_after, .. } => Outcome::Busy { retry_after },
+                SourceError::Overloaded { retry_after, .. } => Outcome::Failed { reason, retry_after },
                 error if error.blame() => Outcome::Failed { reason, retry_after: None },
                 _ => Outcome::Missing { reason },
             }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::driver::{Inbox, Layers};
 use crate::layer::Layer;
-use crate::source::{ChunkSink, Source, SourceKind, WrongChunk};
+use crate::source::{ChunkSink, Priority, Source, SourceKind, WrongChunk};
 use crate::store::{Room, Unit};
 
 /// How long a right chunk proves that its source has the layer.
@@ -182,7 +182,7 @@ impl Evictor {
 /// Asks `source` for a chunk that is here.
 async fn probe(layer: &Arc<Layer>, source: &dyn Source, chunk: u32, stop: &CancellationToken) -> bool {
     let mut sink = ProbeSink { layer: layer.clone(), kind: source.kind(), chunk: ChunkIndex(chunk), is_right: false };
-    let fetch = tokio::time::timeout(PROBE_PATIENCE, source.fetch(chunk..chunk + 1, &mut sink));
+    let fetch = tokio::time::timeout(PROBE_PATIENCE, source.fetch(chunk..chunk + 1, Priority::Background, &mut sink));
     tokio::select! {
         () = stop.cancelled() => {}
         _ = fetch => {}

@@ -1,5 +1,12 @@
 //! Nodes that give each other chunks: `swarm` decides, this moves.
 //!
+//! - [`member`]: how a machine of the mesh is named; this machine's own name.
+//! - [`asking`]: the headers with which members ask each other for chunks, and are turned down.
 //! - `runs`: runs of chunks in messages.
 
+pub mod asking;
+pub mod member;
 pub(crate) mod runs;
+
+pub use asking::{Asker, Turned};
+pub use member::{Member, OwnAddress};

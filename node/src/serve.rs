@@ -14,11 +14,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -26,9 +26,10 @@ use layer::Digest;
 use layer::index::Section;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::mesh::{Asker, Turned};
 use crate::source::BoxFuture;
 
-pub use listener::{Limits, Listener};
+pub use listener::{Limits, Listener, Remote};
 
 /// Bytes of a body as they come; an error breaks the connection off.
 pub type ByteStream = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
@@ -49,10 +50,10 @@ pub trait LayerServer: Send + Sync + 'static {
     fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>>;
 
     /// The frames of a run of chunks, which is not empty.
-    fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<Frames, ServeError>>;
+    fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
 
     /// The frames of all chunks in order, as they come into being. The stream ends after the last chunk of the layer.
-    fn follow(&self, blob: Digest) -> BoxFuture<'_, Result<Frames, ServeError>>;
+    fn follow(&self, blob: Digest, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
 }
 
 /// A section as a file.
@@ -86,9 +87,15 @@ pub enum ServeError {
     /// The layer has no such chunks.
     #[error("the layer has no such chunks or bytes")]
     OutOfRange,
+    /// This member of the mesh is to come again later, or to ask others.
+    #[error("enough is being given: come again later, or ask others")]
+    Busy(Turned),
     /// Too much to do.
     #[error("too many transfers at once")]
-    Busy,
+    Overloaded,
+    /// This member of the mesh gets nothing.
+    #[error("{0}")]
+    Refused(&'static str),
     /// The request cannot be understood.
     #[error("{0}")]
     BadRequest(String),
@@ -102,13 +109,16 @@ impl IntoResponse for ServeError {
         let status = match &self {
             Self::Unknown | Self::NotYet => StatusCode::NOT_FOUND,
             Self::OutOfRange => StatusCode::RANGE_NOT_SATISFIABLE,
-            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy(_) | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Refused(_) => StatusCode::FORBIDDEN,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let mut response = (status, self.to_string()).into_response();
-        if self == Self::Busy {
-            response.headers_mut().insert(header::RETRY_AFTER, BUSY.as_secs().into());
+        match self {
+            Self::Overloaded => drop(response.headers_mut().insert(header::RETRY_AFTER, BUSY.as_secs().into())),
+            Self::Busy(turned) => turned.write(response.headers_mut()),
+            _ => {}
         }
         response
     }
@@ -174,6 +184,8 @@ async fn section<S: LayerServer>(
 async fn chunks<S: LayerServer>(
     State(routes): State<Routes<S>>,
     Path((blob, run)): Path<(String, String)>,
+    remote: Option<Extension<Remote>>,
+    headers: HeaderMap,
 ) -> Result<Response, ServeError> {
     let blob = parse_blob(&blob)?;
     let wrong = || ServeError::BadRequest("want chunks/FIRST-END with FIRST < END".to_owned());
@@ -182,23 +194,39 @@ async fn chunks<S: LayerServer>(
     if run.is_empty() {
         return Err(wrong());
     }
-    let permit = routes.permit()?;
-    Ok(frames(routes.server.chunks(blob, run).await?, permit))
+    let asker = asker(remote, &headers);
+    let permit = routes.permit_for(&asker)?;
+    Ok(frames(routes.server.chunks(blob, run, asker).await?, permit))
 }
 
 async fn follow<S: LayerServer>(
     State(routes): State<Routes<S>>,
     Path(blob): Path<String>,
+    remote: Option<Extension<Remote>>,
+    headers: HeaderMap,
 ) -> Result<Response, ServeError> {
     let blob = parse_blob(&blob)?;
-    let permit = routes.permit()?;
-    Ok(frames(routes.server.follow(blob).await?, permit))
+    let asker = asker(remote, &headers);
+    let permit = routes.permit_for(&asker)?;
+    Ok(frames(routes.server.follow(blob, asker).await?, permit))
 }
 
 impl<S> Routes<S> {
     fn permit(&self) -> Result<OwnedSemaphorePermit, ServeError> {
-        Arc::clone(&self.transfers).try_acquire_owned().map_err(|_| ServeError::Busy)
+        Arc::clone(&self.transfers).try_acquire_owned().map_err(|_| ServeError::Overloaded)
     }
+
+    /// For a member of a mesh it is no fault that all transfers are taken.
+    fn permit_for(&self, asker: &Asker) -> Result<OwnedSemaphorePermit, ServeError> {
+        self.permit().map_err(|error| match asker.peer {
+            Some(_) => ServeError::Busy(Turned { retry_after: BUSY, peers: Vec::new() }),
+            None => error,
+        })
+    }
+}
+
+fn asker(remote: Option<Extension<Remote>>, headers: &HeaderMap) -> Asker {
+    Asker::read(remote.map(|Extension(Remote(address))| address.ip()), headers)
 }
 
 fn frames(frames: Frames, permit: OwnedSemaphorePermit) -> Response {
@@ -285,7 +313,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::mesh::Member;
     use crate::security::Security;
+    use crate::source::Priority;
 
     /// Has one layer of four chunks, whose frames never end for the last one.
     struct OneLayer {
@@ -303,8 +333,16 @@ mod tests {
             Box::pin(async { Ok(SectionBody { file: Arc::clone(&self.section), size: 1000 }) })
         }
 
-        fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
             Box::pin(async move {
+                if let Asker { ip: Some(ip), peer: Some(address), priority: Priority::Demand } = asker {
+                    assert!(ip.is_loopback());
+                    let other = Member { address, zone: "other".to_owned() };
+                    return Err(ServeError::Busy(Turned {
+                        retry_after: Duration::from_millis(20),
+                        peers: vec![other],
+                    }));
+                }
                 let stream = match run {
                     _ if blob != Digest::from_bytes([0; 32]) => return Err(ServeError::Unknown),
                     Range { end: 5.., .. } => return Err(ServeError::OutOfRange),
@@ -315,7 +353,7 @@ mod tests {
             })
         }
 
-        fn follow(&self, _blob: Digest) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        fn follow(&self, _: Digest, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
             let broken = [Ok(Bytes::from_static(b"begin")), Err(io::Error::other("broken"))];
             let frames = Frames { len: None, chunk_log2: Some(17), stream: stream::iter(broken).boxed() };
             Box::pin(async { Ok(frames) })
@@ -370,6 +408,13 @@ mod tests {
         ] {
             assert_eq!(get(path, range).await.0, want, "{path}");
         }
+        let mut request = client.get(format!("{}/chunks/0-1", serving.base)).build().unwrap();
+        let address = "10.0.0.1:7071".parse().unwrap();
+        Asker::write(address, Priority::Demand, request.headers_mut());
+        let turned = client.execute(request).await.unwrap();
+        let peers = vec![Member { address, zone: "other".to_owned() }];
+        assert_eq!(turned.status(), 503);
+        assert_eq!(Turned::read(turned.headers()), Some(Turned { retry_after: Duration::from_millis(20), peers }));
         let other = client.get(serving.base.replace(":00", ":10") + "/chunks/0-1").send().await.unwrap();
         assert_eq!(other.status(), 404);
         let odd = client.get(serving.base.replace("sha256", "sha512") + "/chunks/0-1").send().await.unwrap();

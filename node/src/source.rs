@@ -1,7 +1,7 @@
 //! Where a chunk can come from.
 //!
-//! A [`Source`] only moves bytes: it knows neither priorities, deadlines nor other sources (that is `swarm`), and its
-//! chunks are not trusted (the driver checks each against the layer's index).
+//! A [`Source`] only moves bytes: it knows neither deadlines nor other sources (that is `swarm`), and its chunks are not
+//! trusted (the driver checks each against the layer's index).
 
 use std::fmt;
 use std::future::Future;
@@ -10,7 +10,9 @@ use std::pin::Pin;
 
 use layer::{ChunkIndex, Digest};
 
-pub use swarm::SourceKind;
+use crate::mesh::Member;
+
+pub use swarm::{Priority, SourceKind};
 
 /// A boxed future, for traits that are used as objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -56,8 +58,14 @@ pub trait Source: fmt::Debug + Send + Sync + 'static {
     /// Fetches the chunks of `run` and gives each to `sink` as soon as it is whole, in any order, each at
     /// most once. More chunks than were asked for may come (a span of a blob holds many); a sink takes or drops them. Dropping the future cancels
     /// the transfer. Ends with `Ok` only when every chunk of `run` was given. The source times out by itself when no byte
-    /// moves for a while ([`SourceError::Stalled`]), but sets no deadline for the whole.
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>>;
+    /// moves for a while ([`SourceError::Stalled`]), but sets no deadline for the whole. `priority` is passed on to sources
+    /// that choose whom to serve first.
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        priority: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>>;
 }
 
 /// Takes chunks from a [`Source`].
@@ -100,9 +108,19 @@ pub enum SourceError {
         /// What it answered.
         reason: String,
     },
-    /// The source is overloaded or broken and said so (429, 5xx).
-    #[error("{source_label} is busy: {reason}")]
+    /// The source gives this node nothing for a while, as is usual among members of a mesh.
+    #[error("{source_label} has enough to do")]
     Busy {
+        /// [`Source::label`].
+        source_label: String,
+        /// When it may be asked again.
+        retry_after: std::time::Duration,
+        /// Who has the first chunk of the run, or is about to.
+        peers: Vec<Member>,
+    },
+    /// The source is overloaded or broken and said so (429, 5xx).
+    #[error("{source_label} is overloaded: {reason}")]
+    Overloaded {
         /// [`Source::label`].
         source_label: String,
         /// What it answered.
@@ -132,10 +150,10 @@ impl SourceError {
     /// Whether the source itself is at fault, so that it should rest before it is asked again.
     pub const fn blame(&self) -> bool {
         match self {
-            Self::Missing { .. } => false,
+            Self::Missing { .. } | Self::Busy { .. } => false,
             Self::Unreachable { .. }
             | Self::Denied { .. }
-            | Self::Busy { .. }
+            | Self::Overloaded { .. }
             | Self::Stalled { .. }
             | Self::Corrupt { .. } => true,
         }

@@ -14,6 +14,7 @@ use super::frames::Frames;
 use super::known::Known;
 use super::refill::Made;
 use super::{Ingester, Phase};
+use crate::mesh::Asker;
 use crate::serve::{ByteStream, Frames as FramesBody, LayerServer, SectionBody, ServeError};
 use crate::source::BoxFuture;
 
@@ -38,7 +39,7 @@ impl LayerServer for Ingester {
         })
     }
 
-    fn chunks(&self, blob: Digest, run: Range<u32>) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
+    fn chunks(&self, blob: Digest, run: Range<u32>, _: Asker) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
         Box::pin(async move {
             if let Some(frames) = self.running(blob) {
                 let _in_use = frames.in_use(run.clone());
@@ -65,7 +66,7 @@ impl LayerServer for Ingester {
         })
     }
 
-    fn follow(&self, blob: Digest) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
+    fn follow(&self, blob: Digest, _: Asker) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
         Box::pin(async move {
             if let Some(flight) = self.flight(blob)
                 && let Some(frames) = flight.frames()

@@ -9,6 +9,7 @@ use layer::{ChunkIndex, Geometry};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
+use crate::mesh::Asker;
 use crate::registry::fake::FakeRegistry;
 use crate::security::Security;
 use crate::serve::{self, Limits, Listener};
@@ -137,7 +138,7 @@ fn decode(geometry: Geometry, run: std::ops::Range<u32>, wire: &[u8]) -> Vec<u8>
 async fn served(ingester: &Ingester, blob: Digest, run: std::ops::Range<u32>) -> io::Result<Vec<u8>> {
     use crate::serve::LayerServer;
     use futures_util::TryStreamExt;
-    let frames = ingester.chunks(blob, run).await.map_err(io::Error::other)?;
+    let frames = ingester.chunks(blob, run, Asker::UNKNOWN).await.map_err(io::Error::other)?;
     let parts: Vec<Bytes> = frames.stream.try_collect().await?;
     let bytes = parts.concat();
     assert!(frames.len.is_none_or(|len| len == bytes.len() as u64));

@@ -5,7 +5,7 @@ use std::ops::Range;
 use layer::ChunkIndex;
 
 use super::*;
-use crate::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use crate::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 use crate::store::memory::MemoryDisk;
 use crate::store::tests::Subject;
 
@@ -22,7 +22,12 @@ impl Source for Whole {
         "seeder of the test".into()
     }
 
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        _: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move {
             for chunk in run {
                 let plain = self.0.chunk(chunk);

@@ -8,7 +8,7 @@ use layer::index::Spans;
 
 use super::client::Client;
 use super::error::{Fault, RegistryError};
-use crate::source::{BlobRef, BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use crate::source::{BlobRef, BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 use crate::span_pass::{SpanPass, Units};
 
 /// Gives the spans section when it is needed.
@@ -76,7 +76,7 @@ impl RegistrySource {
                 SourceError::Denied { source_label, reason }
             }
             Fault::NotFound { .. } => SourceError::Missing { source_label, reason },
-            Fault::Busy { retry_after, .. } => SourceError::Busy { source_label, reason, retry_after },
+            Fault::Busy { retry_after, .. } => SourceError::Overloaded { source_label, reason, retry_after },
             Fault::Protocol { .. } => SourceError::Corrupt { source_label, reason },
         }
     }
@@ -101,7 +101,12 @@ impl Source for RegistrySource {
         self.units.get(self.geometry)
     }
 
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        _: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(self.fetch_run(run, sink))
     }
 }

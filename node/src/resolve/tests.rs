@@ -7,7 +7,7 @@ use crate::ingest::{Ingester, Phase};
 use crate::registry::fake::FakeRegistry;
 use crate::security::Role;
 use crate::security::tests::TestCluster;
-use crate::source::{ChunkSink, Source, SourceError, SourceKind, WrongChunk};
+use crate::source::{ChunkSink, Priority, Source, SourceError, SourceKind, WrongChunk};
 use crate::{Node, NodeConfig};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -241,7 +241,7 @@ async fn the_registry_gives_any_run_by_its_spans() {
     let runs: [Range<u32>; 6] = [0..1, 31..33, 40..41, last - 1..last, 20..last, 0..last];
     for run in runs {
         let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
-        source.fetch(run.clone(), &mut sink).await.unwrap();
+        source.fetch(run.clone(), Priority::Demand, &mut sink).await.unwrap();
         for chunk in run {
             let range = geometry.range(ChunkIndex(chunk));
             let want = &scene.sample.device[range.start as usize..range.end as usize];
@@ -251,7 +251,7 @@ async fn the_registry_gives_any_run_by_its_spans() {
     }
     scene.registry.corrupt_blob(&scene.blob, vec![0xff; scene.sample.blob.len()]);
     let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
-    let error = source.fetch(0..1, &mut sink).await.unwrap_err();
+    let error = source.fetch(0..1, Priority::Demand, &mut sink).await.unwrap_err();
     assert!(matches!(error, SourceError::Corrupt { .. }), "{error}");
 }
 
@@ -270,7 +270,7 @@ async fn without_spans_and_seeder_the_registry_says_what_is_missing() {
     let geometry = layer.geometry();
     let source = RegistrySource::new(resolver.registry.clone(), scene.blob.clone(), geometry, spans);
     let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
-    let error = source.fetch(0..1, &mut sink).await.unwrap_err();
+    let error = source.fetch(0..1, Priority::Demand, &mut sink).await.unwrap_err();
     assert!(matches!(error, SourceError::Missing { .. }), "{error}");
     assert!(error.to_string().contains("spans section"), "{error}");
     node.shutdown().await;
@@ -325,12 +325,12 @@ async fn spans_that_surprise_are_planned_with_first() {
     assert!(source.units().len() > 1);
     let bodies = scene.registry.requests().bodies;
     let mut sink = Collected { chunks: HashMap::new(), wire_bytes: 0 };
-    let error = source.fetch(5..6, &mut sink).await.unwrap_err();
+    let error = source.fetch(5..6, Priority::Demand, &mut sink).await.unwrap_err();
     assert!(matches!(error, SourceError::Missing { .. }), "{error}");
     let whole = 0..geometry.device_size();
     assert_eq!(source.units(), std::slice::from_ref(&whole));
     assert_eq!(scene.registry.requests().bodies, bodies);
-    source.fetch(5..6, &mut sink).await.unwrap();
+    source.fetch(5..6, Priority::Demand, &mut sink).await.unwrap();
     assert_eq!(sink.chunks.len() as u32, geometry.chunk_count());
 }
 

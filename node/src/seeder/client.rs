@@ -27,11 +27,12 @@ use tonic::transport::{Channel, Endpoint};
 use super::connect::{ConnectError, Connector, NO_ENROLMENT};
 use crate::config::SeederAddresses;
 use crate::ingest::Progress;
+use crate::mesh::{Asker, OwnAddress, Turned};
 use crate::security::token::Token;
 use crate::security::{Role, Security, Signed, tls};
 use crate::serve::CHUNK_LOG2;
 use crate::serve::listener::WANTS_TLS;
-use crate::source::{BlobRef, SourceError};
+use crate::source::{BlobRef, Priority, SourceError};
 
 /// How long a resolved host name is used.
 const NAME_AGE_MAX: Duration = Duration::from_secs(30);
@@ -91,9 +92,17 @@ pub enum SeederError {
         /// What it answered.
         reason: String,
     },
-    /// It has too much to do.
-    #[error("seeder {seeder} is busy: {reason}")]
+    /// It gives this machine nothing for a while: the chunks are on their way through the mesh.
+    #[error("seeder {seeder} has enough to do")]
     Busy {
+        /// The seeder.
+        seeder: String,
+        /// What it answered.
+        turned: Turned,
+    },
+    /// It has too much to do.
+    #[error("seeder {seeder} is overloaded: {reason}")]
+    Overloaded {
         /// The seeder.
         seeder: String,
         /// What it answered.
@@ -146,12 +155,15 @@ impl SeederError {
                 SourceError::Denied { source_label: label(seeder), reason }
             }
             Self::Missing { seeder, reason } => SourceError::Missing { source_label: label(seeder), reason },
-            Self::Busy { seeder, reason, retry_after } => {
-                SourceError::Busy { source_label: label(seeder), reason, retry_after }
+            Self::Busy { seeder, turned: Turned { retry_after, peers } } => {
+                SourceError::Busy { source_label: label(seeder), retry_after, peers }
+            }
+            Self::Overloaded { seeder, reason, retry_after } => {
+                SourceError::Overloaded { source_label: label(seeder), reason, retry_after }
             }
             Self::Stalled { seeder, after } => SourceError::Stalled { source_label: label(seeder), after },
             Self::Ingest { seeder, reason } => {
-                SourceError::Busy { source_label: label(seeder), reason, retry_after: None }
+                SourceError::Overloaded { source_label: label(seeder), reason, retry_after: None }
             }
             Self::Wrong { seeder, reason } => SourceError::Corrupt { source_label: label(seeder), reason },
         }
@@ -159,7 +171,7 @@ impl SeederError {
 
     /// Whether another seeder may do better although this one answered.
     const fn is_elsewhere(&self) -> bool {
-        !matches!(self, Self::Wrong { .. } | Self::Ingest { .. })
+        !matches!(self, Self::Wrong { .. } | Self::Ingest { .. } | Self::Busy { .. })
     }
 }
 
@@ -190,6 +202,7 @@ struct Shared {
     local: Option<Arc<Seat>>,
     security: Security,
     options: Options,
+    own_address: OwnAddress,
     names: Mutex<HashMap<String, (Vec<IpAddr>, Instant)>>,
     seats: Mutex<HashMap<(String, SocketAddr), Arc<Seat>>>,
 }
@@ -200,6 +213,7 @@ pub(super) struct Seat {
     http: legacy::Client<Connector, Empty<Bytes>>,
     channel: Channel,
     stall: Duration,
+    own_address: OwnAddress,
     rest: Mutex<Rest>,
 }
 
@@ -226,13 +240,26 @@ impl Client {
     pub fn local(path: PathBuf, options: Options) -> Self {
         let name = path.display().to_string();
         let connector = Connector::local(path);
-        let seat = Seat::new(name, connector.clone(), connector, options);
+        let seat = Seat::new(name, connector.clone(), connector, options, OwnAddress::default());
         Self::with(Vec::new(), Some(Arc::new(seat)), Security::Off, options)
     }
 
     fn with(places: Vec<(String, u16)>, local: Option<Arc<Seat>>, security: Security, options: Options) -> Self {
-        let shared = Shared { places, local, security, options, names: Mutex::default(), seats: Mutex::default() };
+        let shared = Shared {
+            places,
+            local,
+            security,
+            options,
+            own_address: OwnAddress::default(),
+            names: Mutex::default(),
+            seats: Mutex::default(),
+        };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// This machine's address in the mesh, which goes with what it asks for; whoever learns it sets it here.
+    pub fn own_address(&self) -> &OwnAddress {
+        &self.shared.own_address
     }
 
     /// Asks a seeder for `blob`; one that does not know it begins to ingest it.
@@ -310,7 +337,8 @@ impl Client {
                     ServerName::try_from(host.to_owned()).map_err(|error| SeederError::None(error.to_string()))?;
                 let options = self.shared.options;
                 let connector = Connector::new(address, Some((Arc::clone(&config), server)), options.connect_timeout);
-                let seat = Seat::new(seat_name(host, address), connector.clone(), connector, options);
+                let name = seat_name(host, address);
+                let seat = Seat::new(name, connector.clone(), connector, options, OwnAddress::default());
                 let mut enrolment = EnrolmentClient::new(seat.channel.clone());
                 match tokio::time::timeout(seat.stall, enrolment.enrol(request.clone())).await {
                     Ok(Ok(answer)) => return Ok(answer.into_inner()),
@@ -426,8 +454,9 @@ impl Client {
             };
             Ok(Connector::new(address, tls, options.connect_timeout))
         };
-        let seat =
-            Arc::new(Seat::new(seat_name(host, address), connector(tls::HTTP1)?, connector(tls::HTTP2)?, options));
+        let (name, own_address) = (seat_name(host, address), self.shared.own_address.clone());
+        let (http1, http2) = (connector(tls::HTTP1)?, connector(tls::HTTP2)?);
+        let seat = Arc::new(Seat::new(name, http1, http2, options, own_address));
         let mut seats = self.shared.seats.lock();
         if seats.len() >= 256 {
             seats.clear();
@@ -498,7 +527,8 @@ impl Resolution {
 
     /// The chunks of the layer from the first on, as they come into being.
     pub async fn follow(&self) -> Result<Follow, SeederError> {
-        let response = self.seat.get(&format!("/v1/layers/{}/follow", self.blob)).await?;
+        let path = format!("/v1/layers/{}/follow", self.blob);
+        let response = self.seat.ask(&path, Priority::Background).await?;
         let log2 = response.headers().get(CHUNK_LOG2).and_then(|value| value.to_str().ok()?.parse().ok());
         let chunk_log2 = log2
             .filter(|log2| CHUNK_LOG2_RANGE.contains(log2))
@@ -582,7 +612,7 @@ impl Body {
 }
 
 impl Seat {
-    fn new(name: String, http1: Connector, http2: Connector, options: Options) -> Self {
+    fn new(name: String, http1: Connector, http2: Connector, options: Options, own_address: OwnAddress) -> Self {
         let http = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
@@ -593,7 +623,7 @@ impl Seat {
             .http2_keep_alive_interval(options.stall_timeout)
             .keep_alive_timeout(options.stall_timeout)
             .connect_with_connector_lazy(http2);
-        Self { name, http, channel, stall: options.stall_timeout, rest: Mutex::default() }
+        Self { name, http, channel, stall: options.stall_timeout, own_address, rest: Mutex::default() }
     }
 
     async fn section(self: &Arc<Self>, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
@@ -614,14 +644,30 @@ impl Seat {
         self: &Arc<Self>,
         blob: Digest,
         run: &std::ops::Range<u32>,
+        priority: Priority,
     ) -> Result<Body, SeederError> {
-        let response = self.get(&format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end)).await?;
+        let response = self.ask(&format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end), priority).await?;
         Ok(Body { seat: Arc::clone(self), body: response.into_body() })
     }
 
     async fn get(&self, path: &str) -> Result<Response<Incoming>, SeederError> {
-        let request =
-            Request::get(format!("http://seeder{path}")).body(Empty::new()).map_err(|error| self.wrong(error))?;
+        self.send(self.request(path)?).await
+    }
+
+    /// Asks for chunks.
+    async fn ask(&self, path: &str, priority: Priority) -> Result<Response<Incoming>, SeederError> {
+        let mut request = self.request(path)?;
+        if let Some(address) = self.own_address.get() {
+            Asker::write(address, priority, request.headers_mut());
+        }
+        self.send(request).await
+    }
+
+    fn request(&self, path: &str) -> Result<Request<Empty<Bytes>>, SeederError> {
+        Request::get(format!("http://seeder{path}")).body(Empty::new()).map_err(|error| self.wrong(error))
+    }
+
+    async fn send(&self, request: Request<Empty<Bytes>>) -> Result<Response<Incoming>, SeederError> {
         let response = tokio::time::timeout(self.stall, self.http.request(request));
         let response = response.await.map_err(|_| self.stalled())?.map_err(|error| self.transport_error(&error))?;
         let status = response.status();
@@ -634,17 +680,22 @@ impl Seat {
                  too (security.mode = \"mtls\")",
             ));
         }
+        let seeder = self.name.clone();
+        if status == StatusCode::SERVICE_UNAVAILABLE
+            && let Some(turned) = Turned::read(response.headers())
+        {
+            return Err(SeederError::Busy { seeder, turned });
+        }
         let retry_after =
             response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        let seeder = self.name.clone();
         let reason = format!("{status}: {}", reason(response.into_body(), self.stall).await);
         Err(match status {
             StatusCode::NOT_FOUND => SeederError::Missing { seeder, reason },
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => SeederError::Untrusted { seeder, reason },
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                SeederError::Busy { seeder, reason, retry_after: retry_after.map(Duration::from_secs) }
+                SeederError::Overloaded { seeder, reason, retry_after: retry_after.map(Duration::from_secs) }
             }
-            status if status.is_server_error() => SeederError::Busy { seeder, reason, retry_after: None },
+            status if status.is_server_error() => SeederError::Overloaded { seeder, reason, retry_after: None },
             _ => SeederError::Wrong { seeder, reason },
         })
     }
@@ -666,7 +717,7 @@ impl Seat {
                     error => error,
                 }
             }
-            tonic::Code::ResourceExhausted => SeederError::Busy { seeder, reason, retry_after: None },
+            tonic::Code::ResourceExhausted => SeederError::Overloaded { seeder, reason, retry_after: None },
             tonic::Code::Unimplemented | tonic::Code::InvalidArgument => SeederError::Wrong { seeder, reason },
             _ => SeederError::Ingest { seeder, reason },
         }
@@ -730,8 +781,11 @@ impl Seat {
 
     pub(super) fn judge(&self, error: &SeederError) {
         let wanted = match error {
-            SeederError::Missing { .. } | SeederError::Ingest { .. } | SeederError::None(_) => return,
-            SeederError::Busy { retry_after, .. } => *retry_after,
+            SeederError::Busy { .. }
+            | SeederError::Missing { .. }
+            | SeederError::Ingest { .. }
+            | SeederError::None(_) => return,
+            SeederError::Overloaded { retry_after, .. } => *retry_after,
             _ => None,
         };
         let mut rest = self.rest.lock();

@@ -6,7 +6,7 @@ use layer::wire::{Decoder, FrameReader};
 use layer::{Digest, Geometry};
 
 use super::client::{Body, Client, Seat};
-use crate::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use crate::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 
 /// The chunks of one layer, from whichever seeder has them.
 #[derive(Debug)]
@@ -22,12 +22,17 @@ impl SeederSource {
         Self { client, blob, geometry }
     }
 
-    async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
+    async fn fetch_run(
+        &self,
+        run: Range<u32>,
+        priority: Priority,
+        sink: &mut dyn ChunkSink,
+    ) -> Result<(), SourceError> {
         let blob = self.blob;
         let opened = self.client.first(|seat| {
             let run = run.clone();
             async move {
-                let body = seat.chunks(blob, &run).await?;
+                let body = seat.chunks(blob, &run, priority).await?;
                 Ok((seat, body))
             }
         });
@@ -69,7 +74,12 @@ impl Source for SeederSource {
         "seeder".to_owned()
     }
 
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
-        Box::pin(self.fetch_run(run, sink))
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        priority: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(self.fetch_run(run, priority, sink))
     }
 }

@@ -62,6 +62,10 @@ impl Default for Limits {
     }
 }
 
+/// Where a request's connection comes from, in its extensions. Absent on a socket file.
+#[derive(Clone, Copy, Debug)]
+pub struct Remote(pub SocketAddr);
+
 /// A bound socket that serves a router.
 pub struct Listener {
     tcp: TcpListener,
@@ -123,6 +127,7 @@ impl Listener {
                 },
             };
             let (doors, limits, router, stop) = (self.doors.clone(), self.limits, router.clone(), stop.clone());
+            let router = router.layer(Extension(Remote(peer)));
             tracker.spawn(async move {
                 if let Err(error) = connection(stream, doors, limits, router, stop, permit).await {
                     tracing::debug!(%peer, %error, "connection ends");

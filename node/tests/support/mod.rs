@@ -8,7 +8,7 @@ use std::time::Duration;
 use layer::index::{HEADER_LEN, Header, Index};
 use layer::ingest::{Ingest, Options};
 use layer::{ChunkIndex, Digest, index::Compression};
-use node::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use node::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 use node::store::LayerParts;
 use parking_lot::Mutex;
 
@@ -161,7 +161,12 @@ impl Source for FaultySource {
         format!("{:?} of the test", self.kind)
     }
 
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        _: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(async move {
             let (fault, latency) = {
                 let state = self.state.lock();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use layer::index::Spans;
 use layer::{Digest, Geometry};
 use node::layer::Layer;
-use node::source::{BoxFuture, ChunkSink, Source, SourceError, SourceKind};
+use node::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 use node::span_pass::{SpanPass, Units};
 
 use super::content::{ContentError, ContentStore};
@@ -106,7 +106,12 @@ impl Source for ContentSource {
         self.units.get(self.geometry)
     }
 
-    fn fetch<'a>(&'a self, run: Range<u32>, sink: &'a mut dyn ChunkSink) -> BoxFuture<'a, Result<(), SourceError>> {
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        _: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
         Box::pin(self.fetch_run(run, sink))
     }
 }

@@ -109,7 +109,7 @@ async fn what_is_being_served_stays() {
     let (blob, next) = (registry.put_blob(one.blob.clone()), registry.put_blob(other.blob.clone()));
     let ingester = sized(directory.path(), &registry, one.blob.len() as u64 * 5 / 2);
     let geometry = known(&ingester, &blob).await.header().geometry();
-    let frames = ingester.chunks(blob.digest, geometry.chunks()).await.unwrap();
+    let frames = ingester.chunks(blob.digest, geometry.chunks(), Asker::UNKNOWN).await.unwrap();
     // Somebody is in the midst of it: there is no room for the other.
     let Phase::Failed(IngestFailure::NoRoom { .. }) = finished(ingester.ask(&next).await.unwrap()).await else {
         panic!("it has room")

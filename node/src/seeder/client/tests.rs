@@ -9,7 +9,7 @@ use crate::ingest::tests::{Sample, TestSeeder, finished, ingester};
 use crate::registry::fake::FakeRegistry;
 use crate::security::tests::TestCluster;
 use crate::seeder::SeederSource;
-use crate::source::{ChunkSink, Source, WrongChunk};
+use crate::source::{ChunkSink, Priority, Source, WrongChunk};
 
 fn quick() -> Options {
     Options { connect_timeout: Duration::from_secs(2), stall_timeout: Duration::from_secs(5) }
@@ -88,11 +88,11 @@ async fn resolves_follows_and_fetches_with_and_without_tls() {
         let geometry = header.geometry();
         let mut sink = Collected { geometry, device: vec![0; sample.device.len()], wire_bytes: 0 };
         let half = geometry.chunk_count() / 2;
-        source.fetch(half..geometry.chunk_count(), &mut sink).await.unwrap();
-        source.fetch(0..half, &mut sink).await.unwrap();
+        source.fetch(half..geometry.chunk_count(), Priority::Demand, &mut sink).await.unwrap();
+        source.fetch(0..half, Priority::Demand, &mut sink).await.unwrap();
         assert_eq!(sink.device, sample.device);
         assert!(sink.wire_bytes < sample.device.len());
-        let beyond = source.fetch(half..geometry.chunk_count() + 1, &mut sink).await.unwrap_err();
+        let beyond = source.fetch(half..geometry.chunk_count() + 1, Priority::Demand, &mut sink).await.unwrap_err();
         assert!(matches!(beyond, SourceError::Corrupt { .. }), "{beyond}");
     }
 }
@@ -185,7 +185,7 @@ async fn the_next_seeder_is_asked_when_one_is_gone() {
     let geometry = header.geometry();
     let source = SeederSource::new(client, blob.digest, geometry);
     let mut sink = Collected { geometry, device: Vec::new(), wire_bytes: 0 };
-    let error = source.fetch(0..1, &mut sink).await.unwrap_err();
+    let error = source.fetch(0..1, Priority::Demand, &mut sink).await.unwrap_err();
     assert!(error.blame(), "{error}");
 }
 
