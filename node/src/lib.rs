@@ -1,7 +1,9 @@
 //! The engine with IO that the snapshotter and the seeder share.
 
+mod bulk;
 mod chores;
 pub mod config;
+mod connect;
 pub mod counters;
 mod cutter;
 mod driver;

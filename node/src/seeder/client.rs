@@ -2,16 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
-use http::{Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty};
-use hyper::body::Incoming;
-use hyper_util::client::legacy;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use layer::chunk::CHUNK_LOG2_RANGE;
 use layer::index::{Header, Section};
 use layer::wire::{Frame, PREFIX_LEN};
@@ -24,15 +19,17 @@ use proto::drover::enrol::v1::{Certificate, EnrolRequest, RenewRequest};
 use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint};
 
-use super::connect::{ConnectError, Connector, NO_ENROLMENT};
+use crate::bulk::{Body, Bulk, Fault, REASON_BYTES_MAX};
 use crate::config::SeederAddresses;
+use crate::connect::{Connector, NO_ENROLMENT};
 use crate::ingest::Progress;
-use crate::mesh::{Asker, OwnAddress, Turned};
+use crate::mesh::{OwnAddress, Turned};
 use crate::security::token::Token;
 use crate::security::{Role, Security, Signed, tls};
 use crate::serve::CHUNK_LOG2;
-use crate::serve::listener::WANTS_TLS;
 use crate::source::{BlobRef, Priority, SourceError};
+
+pub use crate::bulk::Options;
 
 /// How long a resolved host name is used.
 const NAME_AGE_MAX: Duration = Duration::from_secs(30);
@@ -41,26 +38,8 @@ const ADDRESSES_MAX: usize = 16;
 /// Rest of a seeder after a failure; it doubles up to [`REST_MAX`].
 const REST: Duration = Duration::from_millis(500);
 const REST_MAX: Duration = Duration::from_secs(30);
-/// The longest text of an error answer that is read.
-const REASON_BYTES_MAX: usize = 1 << 10;
 /// Largest event of a resolve: a header, a signature and a few certificates.
 const EVENT_BYTES_MAX: usize = 256 << 10;
-
-/// Time limits of a [`Client`].
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// For a connection with TLS.
-    pub connect_timeout: Duration,
-    /// Without a byte or event.
-    pub stall_timeout: Duration,
-}
-
-impl Default for Options {
-    /// 3 s to connect, 10 s without a byte.
-    fn default() -> Self {
-        Self { connect_timeout: Duration::from_secs(3), stall_timeout: Duration::from_secs(10) }
-    }
-}
 
 /// Why a seeder did not do what was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -145,6 +124,19 @@ pub enum SeederError {
 }
 
 impl SeederError {
+    fn of(seeder: &str, fault: Fault) -> Self {
+        let seeder = seeder.to_owned();
+        match fault {
+            Fault::Unreachable(reason) => Self::Unreachable { seeder, reason },
+            Fault::Untrusted(reason) => Self::Untrusted { seeder, reason },
+            Fault::Missing(reason) => Self::Missing { seeder, reason },
+            Fault::Busy(turned) => Self::Busy { seeder, turned },
+            Fault::Overloaded { reason, retry_after } => Self::Overloaded { seeder, reason, retry_after },
+            Fault::Stalled(after) => Self::Stalled { seeder, after },
+            Fault::Wrong(reason) => Self::Wrong { seeder, reason },
+        }
+    }
+
     /// The error as that of a source named `source_label`.
     pub fn into_source_error(self) -> SourceError {
         let label = |seeder: String| format!("seeder {seeder}");
@@ -210,10 +202,9 @@ struct Shared {
 /// One seeder.
 pub(super) struct Seat {
     name: String,
-    http: legacy::Client<Connector, Empty<Bytes>>,
+    bulk: Bulk,
     channel: Channel,
     stall: Duration,
-    own_address: OwnAddress,
     rest: Mutex<Rest>,
 }
 
@@ -353,7 +344,8 @@ impl Client {
     /// Whether a seeder answers.
     #[cfg(test)]
     pub(crate) async fn is_there(&self) -> Result<(), SeederError> {
-        self.first(|seat| async move { seat.get("/healthz").await.map(drop) }).await
+        self.first(|seat| async move { seat.bulk.get("/healthz").await.map(drop).map_err(|fault| seat.error(fault)) })
+            .await
     }
 
     /// Runs `work` with one seeder after the other until one answers.
@@ -528,13 +520,15 @@ impl Resolution {
     /// The chunks of the layer from the first on, as they come into being.
     pub async fn follow(&self) -> Result<Follow, SeederError> {
         let path = format!("/v1/layers/{}/follow", self.blob);
-        let response = self.seat.ask(&path, Priority::Background).await?;
+        let answer = self.seat.bulk.ask(&path, Priority::Background).await;
+        let response = answer.map_err(|fault| self.seat.error(fault))?;
         let log2 = response.headers().get(CHUNK_LOG2).and_then(|value| value.to_str().ok()?.parse().ok());
         let chunk_log2 = log2
             .filter(|log2| CHUNK_LOG2_RANGE.contains(log2))
             .ok_or_else(|| self.seat.wrong(format!("no usable {CHUNK_LOG2}")))?;
         Ok(Follow {
-            body: Body { seat: Arc::clone(&self.seat), body: response.into_body() },
+            body: self.seat.bulk.body(response),
+            seat: Arc::clone(&self.seat),
             chunk_log2,
             buffer: Vec::new(),
             taken: 0,
@@ -545,6 +539,7 @@ impl Resolution {
 
 /// The chunks of a layer as they come into being.
 pub struct Follow {
+    seat: Arc<Seat>,
     body: Body,
     chunk_log2: u8,
     buffer: Vec<u8>,
@@ -565,73 +560,45 @@ impl Follow {
         loop {
             let claimed = self.buffer.first_chunk::<PREFIX_LEN>().map(|prefix| u32::from_le_bytes(*prefix) << 1 >> 1);
             if claimed.is_some_and(|len| len == 0 || len > 1 << self.chunk_log2) {
-                return Err(self.body.seat.wrong("a frame of an impossible length"));
+                return Err(self.seat.wrong("a frame of an impossible length"));
             }
             if claimed.is_some_and(|len| self.buffer.len() - PREFIX_LEN >= len as usize) {
                 break;
             }
-            match self.body.next().await? {
+            match self.body.next().await.map_err(|fault| self.seat.error(fault))? {
                 Some(bytes) => self.buffer.extend_from_slice(&bytes),
                 None if self.buffer.is_empty() => return Ok(None),
-                None => return Err(self.body.seat.wrong("the chunks end inside a frame")),
+                None => return Err(self.seat.wrong("the chunks end inside a frame")),
             }
         }
         let Some((frame, _)) = Frame::split(&self.buffer) else {
-            return Err(self.body.seat.wrong("a frame that cannot be read"));
+            return Err(self.seat.wrong("a frame that cannot be read"));
         };
         let chunk = ChunkIndex(self.next);
-        self.next = self.next.checked_add(1).ok_or_else(|| self.body.seat.wrong("too many chunks"))?;
+        self.next = self.next.checked_add(1).ok_or_else(|| self.seat.wrong("too many chunks"))?;
         self.taken = frame.wire_len();
         Ok(Some((chunk, frame)))
     }
 }
 
-/// A body with a stall limit.
-pub(super) struct Body {
-    seat: Arc<Seat>,
-    body: Incoming,
-}
-
-impl Body {
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, SeederError> {
-        loop {
-            let frame = tokio::time::timeout(self.seat.stall, self.body.frame());
-            match frame.await.map_err(|_| self.seat.stalled())? {
-                None => return Ok(None),
-                Some(Ok(frame)) => {
-                    if let Ok(bytes) = frame.into_data()
-                        && bytes.has_remaining()
-                    {
-                        return Ok(Some(bytes));
-                    }
-                }
-                Some(Err(error)) => return Err(self.seat.transport_error(&error)),
-            }
-        }
-    }
-}
-
 impl Seat {
     fn new(name: String, http1: Connector, http2: Connector, options: Options, own_address: OwnAddress) -> Self {
-        let http = legacy::Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .pool_max_idle_per_host(8)
-            .build(http1);
         // The connector decides where to; tonic only wants a URI.
         let channel = Endpoint::from_static("http://seeder")
             .http2_keep_alive_interval(options.stall_timeout)
             .keep_alive_timeout(options.stall_timeout)
             .connect_with_connector_lazy(http2);
-        Self { name, http, channel, stall: options.stall_timeout, own_address, rest: Mutex::default() }
+        let bulk = Bulk::new(http1, options.stall_timeout, own_address);
+        Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default() }
     }
 
-    async fn section(self: &Arc<Self>, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        let response = self.get(&format!("/v1/layers/{}/index/{section}", header.blob())).await?;
+    async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
+        let answer = self.bulk.get(&format!("/v1/layers/{}/index/{section}", header.blob())).await;
+        let response = answer.map_err(|fault| self.error(fault))?;
         let want = header.section(section).size;
-        let mut body = Body { seat: Arc::clone(self), body: response.into_body() };
+        let mut body = self.bulk.body(response);
         let mut bytes = Vec::new();
-        while let Some(more) = body.next().await? {
+        while let Some(more) = body.next().await.map_err(|fault| self.error(fault))? {
             if bytes.len() as u64 + more.len() as u64 > want {
                 return Err(self.wrong(format!("more than the {want} bytes of {section}")));
             }
@@ -640,64 +607,8 @@ impl Seat {
         Ok(bytes)
     }
 
-    pub(super) async fn chunks(
-        self: &Arc<Self>,
-        blob: Digest,
-        run: &std::ops::Range<u32>,
-        priority: Priority,
-    ) -> Result<Body, SeederError> {
-        let response = self.ask(&format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end), priority).await?;
-        Ok(Body { seat: Arc::clone(self), body: response.into_body() })
-    }
-
-    async fn get(&self, path: &str) -> Result<Response<Incoming>, SeederError> {
-        self.send(self.request(path)?).await
-    }
-
-    /// Asks for chunks.
-    async fn ask(&self, path: &str, priority: Priority) -> Result<Response<Incoming>, SeederError> {
-        let mut request = self.request(path)?;
-        if let Some(address) = self.own_address.get() {
-            Asker::write(address, priority, request.headers_mut());
-        }
-        self.send(request).await
-    }
-
-    fn request(&self, path: &str) -> Result<Request<Empty<Bytes>>, SeederError> {
-        Request::get(format!("http://seeder{path}")).body(Empty::new()).map_err(|error| self.wrong(error))
-    }
-
-    async fn send(&self, request: Request<Empty<Bytes>>) -> Result<Response<Incoming>, SeederError> {
-        let response = tokio::time::timeout(self.stall, self.http.request(request));
-        let response = response.await.map_err(|_| self.stalled())?.map_err(|error| self.transport_error(&error))?;
-        let status = response.status();
-        if status == StatusCode::OK {
-            return Ok(response);
-        }
-        if status.as_u16() == WANTS_TLS {
-            return Err(self.untrusted(
-                "it demands mutual TLS: the seeder's configuration has security on, so this machine's must have it on \
-                 too (security.mode = \"mtls\")",
-            ));
-        }
-        let seeder = self.name.clone();
-        if status == StatusCode::SERVICE_UNAVAILABLE
-            && let Some(turned) = Turned::read(response.headers())
-        {
-            return Err(SeederError::Busy { seeder, turned });
-        }
-        let retry_after =
-            response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-        let reason = format!("{status}: {}", reason(response.into_body(), self.stall).await);
-        Err(match status {
-            StatusCode::NOT_FOUND => SeederError::Missing { seeder, reason },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => SeederError::Untrusted { seeder, reason },
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                SeederError::Overloaded { seeder, reason, retry_after: retry_after.map(Duration::from_secs) }
-            }
-            status if status.is_server_error() => SeederError::Overloaded { seeder, reason, retry_after: None },
-            _ => SeederError::Wrong { seeder, reason },
-        })
+    pub(super) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, SeederError> {
+        self.bulk.chunks(blob, run, priority).await.map_err(|fault| self.error(fault))
     }
 
     /// The meaning of a gRPC status. One that the transport made is asked after over HTTP/1.1, whose answer says what is
@@ -709,12 +620,12 @@ impl Seat {
             tonic::Code::Cancelled | tonic::Code::Unknown | tonic::Code::Unavailable | tonic::Code::Internal
                 if std::error::Error::source(&status).is_some() =>
             {
-                match self.transport_error(&status) {
-                    SeederError::Unreachable { seeder, reason } => match self.get("/healthz").await {
-                        Err(error @ SeederError::Untrusted { .. }) => error,
+                match Fault::of_transport(&status) {
+                    Fault::Unreachable(reason) => match self.bulk.get("/healthz").await {
+                        Err(fault @ Fault::Untrusted(_)) => self.error(fault),
                         _ => SeederError::Unreachable { seeder, reason },
                     },
-                    error => error,
+                    fault => self.error(fault),
                 }
             }
             tonic::Code::ResourceExhausted => SeederError::Overloaded { seeder, reason, retry_after: None },
@@ -734,40 +645,16 @@ impl Seat {
         SeederError::Refused { seeder: self.name.clone(), reason }
     }
 
-    fn transport_error(&self, error: &(dyn std::error::Error + 'static)) -> SeederError {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            if let Some(connect) = error.downcast_ref::<ConnectError>() {
-                return match connect {
-                    ConnectError::NotTls | ConnectError::Tls(_) => self.untrusted(connect),
-                    ConnectError::Timeout(_) | ConnectError::Io(_) => self.unreachable(connect.to_string()),
-                };
-            }
-            // In TLS 1.3 a client learns only after its handshake that the server refused its certificate.
-            if let Some(rustls::Error::AlertReceived(alert)) = rustls_error(error) {
-                return self.untrusted(format!("it refused this machine's certificate ({alert:?})"));
-            }
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        self.unreachable(text)
-    }
-
-    fn unreachable(&self, reason: String) -> SeederError {
-        SeederError::Unreachable { seeder: self.name.clone(), reason }
-    }
-
-    fn untrusted(&self, reason: impl ToString) -> SeederError {
-        SeederError::Untrusted { seeder: self.name.clone(), reason: reason.to_string() }
+    pub(super) fn error(&self, fault: Fault) -> SeederError {
+        SeederError::of(&self.name, fault)
     }
 
     fn stalled(&self) -> SeederError {
-        SeederError::Stalled { seeder: self.name.clone(), after: self.stall }
+        self.error(Fault::Stalled(self.stall))
     }
 
-    pub(super) fn wrong(&self, reason: impl ToString) -> SeederError {
-        SeederError::Wrong { seeder: self.name.clone(), reason: reason.to_string() }
+    fn wrong(&self, reason: impl ToString) -> SeederError {
+        self.error(Fault::wrong(reason))
     }
 
     /// When the rest ends; `None` without one.
@@ -793,30 +680,6 @@ impl Seat {
         let own = REST.saturating_mul(1 << rest.failures.min(8)).min(REST_MAX);
         rest.until = Some(Instant::now() + wanted.map_or(own, |wanted| wanted.min(REST_MAX)));
     }
-}
-
-fn rustls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
-    error
-        .downcast_ref::<rustls::Error>()
-        .or_else(|| error.downcast_ref::<std::io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>())
-}
-
-/// The text of an error answer, as far as it comes quickly.
-async fn reason(mut body: Incoming, within: Duration) -> String {
-    let mut text = Vec::new();
-    let read = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            if let Ok(bytes) = frame.into_data() {
-                text.extend_from_slice(&bytes);
-            }
-            if text.len() >= REASON_BYTES_MAX {
-                break;
-            }
-        }
-    };
-    let _ = tokio::time::timeout(within.min(Duration::from_secs(2)), read).await;
-    text.truncate(REASON_BYTES_MAX);
-    String::from_utf8_lossy(&text).trim().to_owned()
 }
 
 #[cfg(test)]

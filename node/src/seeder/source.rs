@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use layer::wire::{Decoder, FrameReader};
 use layer::{Digest, Geometry};
 
-use super::client::{Body, Client, Seat};
+use super::client::Client;
 use crate::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 
 /// The chunks of one layer, from whichever seeder has them.
@@ -37,31 +36,11 @@ impl SeederSource {
             }
         });
         let (seat, body) = opened.await.map_err(|error| error.into_source_error())?;
-        let moved = self.move_run(&seat, body, run, sink).await;
+        let moved = body.move_chunks(self.geometry, run, sink).await.map_err(|fault| seat.error(fault));
         if let Err(error) = &moved {
             seat.judge(error);
         }
         moved.map_err(|error| error.into_source_error())
-    }
-
-    async fn move_run(
-        &self,
-        seat: &Seat,
-        mut body: Body,
-        run: Range<u32>,
-        sink: &mut dyn ChunkSink,
-    ) -> Result<(), super::SeederError> {
-        let mut frames = FrameReader::new(self.geometry, run);
-        let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
-        while let Some(bytes) = body.next().await? {
-            frames.push(&bytes);
-            while let Some((chunk, frame)) = frames.next_frame().map_err(|error| seat.wrong(error))? {
-                let len = self.geometry.chunk_len(chunk);
-                decoder.decode(frame, len, &mut plain).map_err(|error| seat.wrong(error))?;
-                sink.chunk(chunk, &plain, frame.wire_len()).map_err(|error| seat.wrong(error))?;
-            }
-        }
-        frames.finish().map_err(|error| seat.wrong(error))
     }
 }
 

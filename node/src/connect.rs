@@ -1,4 +1,4 @@
-//! Connections to one seeder, for hyper and tonic.
+//! Connections to one machine, in the clear or with mutual TLS, for hyper and tonic.
 
 use std::fmt;
 use std::io;
@@ -19,14 +19,14 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 
 /// Why a seeder takes no enrolments.
-pub(super) const NO_ENROLMENT: &str = "its configuration names no authority (enrol.authority)";
+pub(crate) const NO_ENROLMENT: &str = "its configuration names no authority (enrol.authority)";
 
 /// Bytes that are taken from a connection with TLS at a time. rustls by itself asks for 4 KiB, a quarter of a record.
 const TLS_READ: usize = 64 << 10;
 
 /// Connects to one place, whatever the request's URI says.
 #[derive(Clone)]
-pub struct Connector {
+pub(crate) struct Connector {
     place: Place,
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     timeout: Duration,
@@ -40,7 +40,7 @@ enum Place {
 
 /// Why no connection came about.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// It took too long.
     #[error("no connection within {0:?}")]
     Timeout(Duration),
@@ -49,7 +49,7 @@ pub enum ConnectError {
     Io(#[from] io::Error),
     /// The other end does not speak TLS.
     #[error(
-        "it does not speak TLS: this machine's configuration has security on, so the seeder's must have it on too \
+        "it does not speak TLS: this machine's configuration has security on, so its must have it on too \
          (security.mode = \"mtls\")"
     )]
     NotTls,
@@ -60,12 +60,16 @@ pub enum ConnectError {
 
 impl Connector {
     /// Connects to `address`; with `tls`, the certificate must be for the given name.
-    pub fn new(address: SocketAddr, tls: Option<(Arc<ClientConfig>, ServerName<'static>)>, timeout: Duration) -> Self {
+    pub(crate) fn new(
+        address: SocketAddr,
+        tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+        timeout: Duration,
+    ) -> Self {
         Self { place: Place::Tcp(address), tls, timeout }
     }
 
     /// Connects to a socket file of this machine.
-    pub fn local(path: PathBuf) -> Self {
+    pub(crate) fn local(path: PathBuf) -> Self {
         Self { place: Place::Unix(path), tls: None, timeout: Duration::from_secs(5) }
     }
 
@@ -124,7 +128,7 @@ impl tower::Service<Uri> for Connector {
 
 /// A connection.
 #[derive(Debug)]
-pub enum Stream {
+pub(crate) enum Stream {
     /// In the clear.
     Tcp(TcpStream),
     /// With mutual TLS.
