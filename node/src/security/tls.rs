@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use layer::Digest;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
+use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::server::{ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
@@ -38,12 +38,26 @@ pub struct Caller {
     pub validity: Duration,
 }
 
-/// A client that talks only to machines of `role`, over the protocol `alpn`.
+/// A client that talks only to machines of `role` whose certificate has the name it asks for, over the protocol `alpn`.
 pub fn client(identity: &Arc<Identity>, role: Role, alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
+    client_of(identity, Arc::new(ServerRole { identity: Arc::clone(identity), role }), alpn)
+}
+
+/// A client that talks to any machine of the cluster. Nodes find each other by addresses that their certificates need not
+/// have, and check each byte that they get against an index that a seeder has signed.
+pub fn peer_client(identity: &Arc<Identity>, alpn: &[u8]) -> Result<Arc<ClientConfig>, Error> {
+    client_of(identity, Arc::new(AnyRole { identity: Arc::clone(identity) }), alpn)
+}
+
+fn client_of(
+    identity: &Arc<Identity>,
+    verifier: Arc<dyn ServerCertVerifier>,
+    alpn: &[u8],
+) -> Result<Arc<ClientConfig>, Error> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ServerRole { identity: Arc::clone(identity), role }))
+        .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(Arc::new(OwnKey(Arc::clone(identity))));
     config.alpn_protocols = vec![alpn.to_vec()];
     // A session that is resumed is not asked for certificates, so one that ended since would be good for ever.
@@ -237,6 +251,31 @@ impl ServerCertVerifier for ServerRole {
         let verified = chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
         check_role(end_entity, Some(self.role))?;
         Ok(verified)
+    }
+
+    handshake_signatures!();
+}
+
+/// Chain as WebPKI has it, whatever the name, then that there is a role at all.
+#[derive(Debug)]
+struct AnyRole {
+    identity: Arc<Identity>,
+}
+
+impl ServerCertVerifier for AnyRole {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let roots = Arc::clone(&self.identity.credentials().map_err(not_enrolled)?.roots);
+        let leaf = ParsedCertificate::try_from(end_entity)?;
+        verify_server_cert_signed_by_trust_anchor(&leaf, &roots, intermediates, now, algorithms().all)?;
+        check_role(end_entity, None)?;
+        Ok(ServerCertVerified::assertion())
     }
 
     handshake_signatures!();
