@@ -42,7 +42,7 @@ pub struct TrackerConfig {
     pub serving_bytes: u64,
     /// So many askers are sent to the node that was given a chunk and did not yet report it.
     pub pointed_max: u32,
-    /// A node that told nothing for so long is gone.
+    /// A node that told nothing for so long is gone; [`Duration::MAX`] where the owner knows better.
     pub member_expiry: Duration,
     /// So many different nodes must say that a peer sent wrong chunks before it is expelled: one alone might slander.
     pub accusers: usize,
@@ -127,6 +127,9 @@ pub struct Tracker {
     accusers: BTreeMap<PeerId, BTreeSet<PeerId>>,
     expelled: BTreeSet<PeerId>,
     actions: VecDeque<TrackerAction>,
+    /// When assignments, and silent nodes, are looked after next.
+    look_at: Duration,
+    silence_at: Duration,
 }
 
 /// The nodes of one layer.
@@ -205,6 +208,8 @@ impl Tracker {
             accusers: BTreeMap::new(),
             expelled: BTreeSet::new(),
             actions: VecDeque::new(),
+            look_at: Duration::ZERO,
+            silence_at: Duration::ZERO,
         }
     }
 
@@ -363,25 +368,22 @@ impl Tracker {
 
     /// When [`Tracker::handle_timeout`] has to be called.
     pub fn poll_timeout(&self) -> Option<Duration> {
-        (!self.layers.is_empty()).then(|| self.now + STEP)
+        (!self.layers.is_empty()).then_some(self.look_at)
     }
 
     /// Assigns anew what was not fetched, and forgets silent nodes.
     pub fn handle_timeout(&mut self, now: Duration) {
         self.now = self.now.max(now);
         let now = self.now;
+        self.look_at = now + STEP;
+        let looks_for_silence = self.silence_at <= now;
+        if looks_for_silence {
+            self.silence_at = now.saturating_add(self.config.member_expiry / 8);
+        }
         let layers: Vec<LayerKey> = self.layers.keys().copied().collect();
         for layer in layers {
-            let expiry = self.config.member_expiry;
-            let Some(members) = self.layers.get_mut(&layer) else { continue };
-            let silent: Vec<PeerId> = members
-                .peers
-                .iter()
-                .filter(|(_, member)| member.heard + expiry <= now)
-                .map(|(peer, _)| *peer)
-                .collect();
-            for peer in silent {
-                self.leave(now, layer, peer);
+            if looks_for_silence {
+                self.forget_silent(layer);
             }
             let Some(members) = self.layers.get_mut(&layer) else { continue };
             let due: Vec<_> =
@@ -410,6 +412,16 @@ impl Tracker {
                 }
             }
             self.spread(layer);
+        }
+    }
+
+    fn forget_silent(&mut self, layer: LayerKey) {
+        let Some(members) = self.layers.get(&layer) else { return };
+        let is_silent = |member: &Member| member.heard.saturating_add(self.config.member_expiry) <= self.now;
+        let silent: Vec<PeerId> =
+            members.peers.iter().filter(|(_, member)| is_silent(member)).map(|(peer, _)| *peer).collect();
+        for peer in silent {
+            self.leave(self.now, layer, peer);
         }
     }
 
