@@ -34,6 +34,9 @@ pub(crate) const WANTS_TLS: u16 = 426;
 const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Requests on one HTTP/2 connection at the same time: a node asks for the layers of a few images.
 const STREAMS_MAX: u32 = 256;
+/// How often an HTTP/2 connection is asked for a sign of life, and how long it may take to give one. The lines of the mesh are
+/// such connections: a node that is frozen must not be named to others for long.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Time to finish what is under way after the order to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -230,8 +233,8 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         .max_buf_size(HEAD_BYTES_MAX)
         .http2()
         .timer(TokioTimer::new())
-        .keep_alive_interval(Duration::from_secs(60))
-        .keep_alive_timeout(limits.stall_timeout)
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .max_header_list_size(HEAD_BYTES_MAX as u32)
         .max_concurrent_streams(STREAMS_MAX);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));

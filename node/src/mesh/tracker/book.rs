@@ -1,0 +1,418 @@
+//! Who is on a line with which layers. What [`swarm::Tracker`] decides goes into the lines' queues.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::time::Duration;
+
+use layer::{Digest, Geometry};
+use proto::drover::mesh::v1::{Assign, FromSeeder, Introduce, Peer, Welcome, from_seeder};
+use swarm::{Answer, LayerKey, PeerId, TrackerAction, TrackerConfig, Zone};
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+
+use crate::mesh::{Asker, Member, Turned};
+
+/// Messages that wait for a node; one that lets more wait is cut off. Enough for all that others' joins bring while it takes
+/// nothing for a moment.
+pub(super) const QUEUE_MAX: usize = 4096;
+/// Most lines from one address of the network: more than one only where nodes share a machine.
+const LINES_PER_IP_MAX: usize = 64;
+/// Most lines of all.
+const LINES_MAX: usize = 8192;
+/// Most layers of one node; it gets the others without neighbours.
+const LAYERS_PER_LINE_MAX: usize = 4096;
+
+/// What goes to a node, and at last perhaps why no more.
+pub(super) type Told = Result<FromSeeder, Status>;
+
+/// Who calls.
+#[derive(Clone, Debug)]
+pub(super) struct Hello {
+    /// As others are to be told of it.
+    pub(super) member: Member,
+    /// It gives nothing.
+    pub(super) leech: bool,
+    /// Where its line comes from.
+    pub(super) from: IpAddr,
+}
+
+/// A line, as long as it is not replaced or cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LineId {
+    peer: PeerId,
+    number: u64,
+}
+
+/// A line that was entered.
+#[derive(Debug)]
+pub(super) struct Entered {
+    pub(super) line: LineId,
+    /// What it is told.
+    pub(super) told: mpsc::Receiver<Told>,
+    /// The same queue's other end.
+    pub(super) queue: mpsc::Sender<Told>,
+    /// Says that it is cut, and why.
+    pub(super) cut: oneshot::Receiver<Status>,
+}
+
+/// The answer to a request for chunks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Gate {
+    /// The asker is no member of the layer.
+    Stranger,
+    /// Serve it; [`Book::on_end`] is called when that ended.
+    Serve(LayerKey, PeerId),
+    /// Others have it or are about to.
+    Busy(Turned),
+    /// Not all of it is here yet.
+    Missing,
+}
+
+#[derive(Debug)]
+pub(super) struct Book {
+    tracker: swarm::Tracker,
+    lines: BTreeMap<PeerId, Line>,
+    keys: HashMap<Digest, LayerKey>,
+    layers: BTreeMap<LayerKey, Tracked>,
+    expelled: BTreeMap<PeerId, SocketAddr>,
+    next_key: u64,
+    next_line: u64,
+}
+
+#[derive(Debug)]
+struct Line {
+    number: u64,
+    hello: Hello,
+    queue: mpsc::Sender<Told>,
+    cut: oneshot::Sender<Status>,
+    layers: BTreeSet<LayerKey>,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    blob: Digest,
+    chunk_count: u32,
+    members: usize,
+}
+
+impl Book {
+    pub(super) fn new(seed: u64) -> Self {
+        // A node lives as long as its line does.
+        let config = TrackerConfig { member_expiry: Duration::MAX, ..TrackerConfig::default() };
+        Self {
+            tracker: swarm::Tracker::new(config, seed),
+            lines: BTreeMap::new(),
+            keys: HashMap::new(),
+            layers: BTreeMap::new(),
+            expelled: BTreeMap::new(),
+            next_key: 0,
+            next_line: 0,
+        }
+    }
+
+    /// A node calls. An earlier line of the same address ends: it was lost and the node knows it first.
+    pub(super) fn enter(&mut self, now: Duration, hello: Hello) -> Result<Entered, Status> {
+        let address = hello.member.address;
+        let peer = PeerId::at(address);
+        if self.expelled.contains_key(&peer) {
+            return Err(expelled(address));
+        }
+        self.end_line(now, peer, Status::aborted("another line of the same address replaces this one"));
+        self.settle(now);
+        let of_ip = self.lines.values().filter(|line| line.hello.from == hello.from).count();
+        if of_ip >= LINES_PER_IP_MAX || self.lines.len() >= LINES_MAX {
+            let text = format!("{of_ip} of {} lines here come from {}: no more are taken", self.lines.len(), hello.from);
+            return Err(Status::resource_exhausted(text));
+        }
+        let (queue, told) = mpsc::channel(QUEUE_MAX);
+        let (cut, is_cut) = oneshot::channel();
+        self.next_line += 1;
+        let line = LineId { peer, number: self.next_line };
+        let welcome = Welcome { address: address.to_string() };
+        let others = self.expelled.values().map(|address| from_seeder::Message::Expel(address.to_string()));
+        let first = [from_seeder::Message::Welcome(welcome)].into_iter().chain(others);
+        for message in first.take(QUEUE_MAX / 2) {
+            let _ = queue.try_send(Ok(FromSeeder { message: Some(message) }));
+        }
+        let entered = Entered { line, told, queue: queue.clone(), cut: is_cut };
+        self.lines.insert(peer, Line { number: line.number, hello, queue, cut, layers: BTreeSet::new() });
+        Ok(entered)
+    }
+
+    /// The line ended, from whichever side.
+    pub(super) fn hang_up(&mut self, now: Duration, line: LineId) {
+        if self.line(line).is_some() {
+            self.end_line(now, line.peer, Status::cancelled("the line ended"));
+            self.settle(now);
+        }
+    }
+
+    /// The node has `runs` of a layer that is known here, or wants more neighbours.
+    pub(super) fn join(
+        &mut self,
+        now: Duration,
+        line: LineId,
+        blob: Digest,
+        geometry: Geometry,
+        runs: &[Range<u32>],
+    ) -> Result<(), Status> {
+        check(blob, geometry.chunk_count(), runs)?;
+        let Some(on_line) = self.lines.get_mut(&line.peer).filter(|held| held.number == line.number) else {
+            return Ok(());
+        };
+        let key = *self.keys.entry(blob).or_insert_with(|| {
+            self.next_key += 1;
+            LayerKey(self.next_key)
+        });
+        let is_full = on_line.layers.len() >= LAYERS_PER_LINE_MAX && !on_line.layers.contains(&key);
+        if is_full {
+            tracing::warn!(
+                node = %on_line.hello.member, %blob,
+                "a node has more than {LAYERS_PER_LINE_MAX} layers: it gets no neighbours for the others"
+            );
+            self.forget_unless_tracked(key, blob);
+            self.tell(now, line.peer, unknown(blob));
+            self.settle(now);
+            return Ok(());
+        }
+        let (zone, leech) = (Zone::named(&on_line.hello.member.zone), on_line.hello.leech);
+        let is_new = on_line.layers.insert(key);
+        let chunk_count = geometry.chunk_count();
+        let tracked = self.layers.entry(key).or_insert(Tracked { blob, chunk_count, members: 0 });
+        tracked.members += usize::from(is_new);
+        let is_first = is_new && tracked.members == 1;
+        self.tracker.join(now, key, geometry, line.peer, zone, runs, leech);
+        if is_first {
+            self.tracker.ingested(now, key, geometry.chunks());
+        }
+        self.settle(now);
+        Ok(())
+    }
+
+    /// What came to the node since its last report.
+    pub(super) fn report(
+        &mut self,
+        now: Duration,
+        line: LineId,
+        blob: Digest,
+        runs: &[Range<u32>],
+    ) -> Result<(), Status> {
+        if let Some(key) = self.membership(line, blob) {
+            check(blob, self.layers.get(&key).map_or(0, |tracked| tracked.chunk_count), runs)?;
+            self.tracker.report(now, key, line.peer, runs);
+            self.settle(now);
+        }
+        Ok(())
+    }
+
+    /// The node does not have the layer any more.
+    pub(super) fn leave(&mut self, now: Duration, line: LineId, blob: Digest) {
+        if let Some(key) = self.membership(line, blob) {
+            if let Some(on_line) = self.lines.get_mut(&line.peer) {
+                on_line.layers.remove(&key);
+            }
+            self.leave_layer(now, line.peer, key);
+            self.settle(now);
+        }
+    }
+
+    /// The node got a wrong chunk from the machine at `address`. One that is on no line here is introduced to nobody anyhow.
+    /// Accusers count by where their lines come from: one machine may hold several.
+    pub(super) fn accuse(&mut self, now: Duration, line: LineId, address: SocketAddr) {
+        let peer = PeerId::at(address);
+        let Some(accuser) = self.line(line) else { return };
+        let Some(accused) = self.lines.get(&peer) else { return };
+        tracing::warn!(node = %accused.hello.member, by = %accuser.hello.member, "a node is said to send wrong chunks");
+        let by = PeerId::at(SocketAddr::new(accuser.hello.from, 0));
+        self.tracker.accuse(now, peer, by);
+        self.settle(now);
+    }
+
+    /// The layer that the node named is not known here.
+    pub(super) fn unknown(&mut self, now: Duration, line: LineId, blob: Digest) {
+        if self.line(line).is_some() {
+            self.tell(now, line.peer, unknown(blob));
+            self.settle(now);
+        }
+    }
+
+    /// The layer is not known here any more: its members are told.
+    pub(super) fn forget(&mut self, now: Duration, blob: Digest) {
+        let Some(key) = self.keys.get(&blob).copied() else { return };
+        let members: Vec<PeerId> =
+            self.lines.iter().filter(|(_, line)| line.layers.contains(&key)).map(|(peer, _)| *peer).collect();
+        for peer in members {
+            if let Some(line) = self.lines.get_mut(&peer) {
+                line.layers.remove(&key);
+            }
+            self.leave_layer(now, peer, key);
+            self.tell(now, peer, unknown(blob));
+        }
+        self.settle(now);
+    }
+
+    /// Somebody asks for a run. Who says to be a member must come from where that member's line comes from.
+    pub(super) fn request(&mut self, now: Duration, blob: Digest, run: Range<u32>, asker: &Asker) -> Gate {
+        let Some(peer) = asker.peer.map(PeerId::at) else { return Gate::Stranger };
+        let Some(key) = self.keys.get(&blob).copied() else { return Gate::Stranger };
+        let is_member = |line: &&Line| line.layers.contains(&key) && asker.ip.is_none_or(|ip| ip == line.hello.from);
+        if self.lines.get(&peer).filter(is_member).is_none() {
+            return Gate::Stranger;
+        }
+        match self.tracker.request(now, key, peer, run, asker.priority) {
+            Answer::Serve => Gate::Serve(key, peer),
+            Answer::Missing => Gate::Missing,
+            Answer::Busy { retry_after, peers } => {
+                let lines = peers.iter().filter_map(|peer| self.lines.get(peer));
+                Gate::Busy(Turned { retry_after, peers: lines.map(|line| line.hello.member.clone()).collect() })
+            }
+        }
+    }
+
+    /// What was served ended; `is_whole`: all of the run was sent.
+    pub(super) fn on_end(&mut self, now: Duration, key: LayerKey, peer: PeerId, run: Range<u32>, is_whole: bool) {
+        self.tracker.on_end(now, key, peer, run, is_whole);
+        self.settle(now);
+    }
+
+    /// When [`Book::handle_timeout`] has to be called.
+    pub(super) fn poll_timeout(&self) -> Option<Duration> {
+        self.tracker.poll_timeout()
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Duration) {
+        self.tracker.handle_timeout(now);
+        self.settle(now);
+    }
+
+    /// Ends all lines.
+    pub(super) fn close(&mut self, now: Duration) {
+        for peer in self.lines.keys().copied().collect::<Vec<_>>() {
+            self.end_line(now, peer, Status::unavailable("this seeder stops"));
+        }
+        self.settle(now);
+    }
+
+    /// Blob and members of each layer that has any.
+    pub(super) fn members(&self) -> impl Iterator<Item = (Digest, usize)> {
+        self.layers.values().map(|tracked| (tracked.blob, tracked.members))
+    }
+
+    /// How many nodes have a line.
+    pub(super) fn lines(&self) -> usize {
+        self.lines.len()
+    }
+
+    fn line(&self, line: LineId) -> Option<&Line> {
+        self.lines.get(&line.peer).filter(|held| held.number == line.number)
+    }
+
+    fn membership(&self, line: LineId, blob: Digest) -> Option<LayerKey> {
+        let key = *self.keys.get(&blob)?;
+        self.line(line)?.layers.contains(&key).then_some(key)
+    }
+
+    fn end_line(&mut self, now: Duration, peer: PeerId, why: Status) {
+        let Some(line) = self.lines.remove(&peer) else { return };
+        for key in line.layers {
+            self.leave_layer(now, peer, key);
+        }
+        let _ = line.cut.send(why);
+    }
+
+    fn leave_layer(&mut self, now: Duration, peer: PeerId, key: LayerKey) {
+        self.tracker.leave(now, key, peer);
+        if let Some(tracked) = self.layers.get_mut(&key) {
+            tracked.members -= 1;
+            if tracked.members == 0 {
+                let blob = tracked.blob;
+                self.layers.remove(&key);
+                self.keys.remove(&blob);
+            }
+        }
+    }
+
+    fn forget_unless_tracked(&mut self, key: LayerKey, blob: Digest) {
+        if !self.layers.contains_key(&key) {
+            self.keys.remove(&blob);
+        }
+    }
+
+    /// Puts what the tracker decided into the queues until nothing is left to tell.
+    fn settle(&mut self, now: Duration) {
+        while let Some(action) = self.tracker.poll_action() {
+            match action {
+                TrackerAction::Introduce { layer, to, peer, .. } => {
+                    if let (Some(blob), Some(peer)) = (self.blob(layer), self.peer(peer)) {
+                        let introduce = Introduce { blob, peer: Some(peer) };
+                        self.tell(now, to, from_seeder::Message::Introduce(introduce));
+                    }
+                }
+                TrackerAction::Assign { layer, to, run, from } => {
+                    let giver = from.and_then(|from| self.peer(from));
+                    // One from a node that is gone is assigned anew in time.
+                    if giver.is_some() == from.is_some()
+                        && let Some(blob) = self.blob(layer)
+                    {
+                        let assign = Assign { blob, first: run.start, end: run.end, from: giver };
+                        self.tell(now, to, from_seeder::Message::Assign(assign));
+                    }
+                }
+                TrackerAction::Expel { peer } => self.expel(now, peer),
+            }
+        }
+    }
+
+    fn expel(&mut self, now: Duration, peer: PeerId) {
+        let Some(line) = self.lines.get(&peer) else { return };
+        let address = line.hello.member.address;
+        tracing::error!(
+            node = %line.hello.member,
+            "several nodes got wrong chunks from this node: it is expelled until this seeder starts anew"
+        );
+        self.expelled.insert(peer, address);
+        self.end_line(now, peer, expelled(address));
+        for to in self.lines.keys().copied().collect::<Vec<_>>() {
+            self.tell(now, to, from_seeder::Message::Expel(address.to_string()));
+        }
+    }
+
+    /// Puts a message into a node's queue; cuts its line where that is full.
+    fn tell(&mut self, now: Duration, to: PeerId, message: from_seeder::Message) {
+        let Some(line) = self.lines.get(&to) else { return };
+        if let Err(TrySendError::Full(_)) = line.queue.try_send(Ok(FromSeeder { message: Some(message) })) {
+            tracing::warn!(node = %line.hello.member, "a node does not take what it is told: its line is cut");
+            self.end_line(now, to, Status::resource_exhausted("this node does not take what it is told"));
+        }
+    }
+
+    fn blob(&self, key: LayerKey) -> Option<Vec<u8>> {
+        self.layers.get(&key).map(|tracked| tracked.blob.as_bytes().to_vec())
+    }
+
+    fn peer(&self, peer: PeerId) -> Option<Peer> {
+        let Member { address, zone } = &self.lines.get(&peer)?.hello.member;
+        Some(Peer { address: address.to_string(), zone: zone.clone() })
+    }
+}
+
+fn unknown(blob: Digest) -> from_seeder::Message {
+    from_seeder::Message::Unknown(blob.as_bytes().to_vec())
+}
+
+fn expelled(address: SocketAddr) -> Status {
+    Status::permission_denied(format!("several nodes got wrong chunks from {address}: look at its disk and memory"))
+}
+
+/// Whether ascending `runs` are of the layer.
+fn check(blob: Digest, chunk_count: u32, runs: &[Range<u32>]) -> Result<(), Status> {
+    match runs.last() {
+        Some(last) if last.end > chunk_count => {
+            let text = format!("{blob} has {chunk_count} chunks: nobody has {} to {}", last.start, last.end);
+            Err(Status::invalid_argument(text))
+        }
+        _ => Ok(()),
+    }
+}
