@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use layer::index::statement;
-use layer::{Digest, ingest as layer_ingest};
+use layer::{Digest, Geometry, ingest as layer_ingest};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, watch};
 
@@ -326,6 +326,16 @@ impl Ingester {
         self.known_in(&mut layers, blob).await
     }
 
+    /// Where the chunks of `blob` are, where it is known. Loads nothing but the header.
+    pub(crate) async fn geometry(&self, blob: Digest) -> Option<Geometry> {
+        if let Some(known) = self.shared.layers.lock().await.get(&blob) {
+            return Some(known.header().geometry());
+        }
+        let shared = Arc::clone(&self.shared);
+        let read = blocking(move || store::header(shared.store.root(), blob));
+        read.await.ok().map(|header| header.geometry())
+    }
+
     /// The lock is held over the loading: two copies of one layer would write over each other's frames.
     async fn known_in(&self, layers: &mut HashMap<Digest, Arc<Known>>, blob: Digest) -> Option<Arc<Known>> {
         if let Some(known) = layers.get(&blob) {
@@ -338,7 +348,7 @@ impl Ingester {
     }
 
     /// Forgets a layer whose blob or index turned out to be damaged; the next who asks starts its ingest anew.
-    async fn forget(&self, blob: Digest) {
+    pub(crate) async fn forget(&self, blob: Digest) {
         let mut layers = self.shared.layers.lock().await;
         layers.remove(&blob);
         let shared = Arc::clone(&self.shared);

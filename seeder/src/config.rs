@@ -51,6 +51,8 @@ pub(crate) struct Limits {
     connections: usize,
     /// Transfers of sections and chunks at the same time; a node that comes when all are taken is told to come again.
     transfers: usize,
+    /// Bytes of chunks that are sent in a second; 0 is no limit.
+    upload: ByteSize,
     /// Blobs that are ingested at the same time. More make each of them slower.
     ingests: usize,
     /// Threads that encode chunks.
@@ -75,6 +77,7 @@ impl Default for Limits {
         Self {
             connections: listener.connections,
             transfers: 256,
+            upload: ByteSize::b(0),
             ingests: ingest.concurrent,
             encode_threads: ingest.encode_threads,
             blob_size: ByteSize::b(ingest.blob_size_max),
@@ -109,6 +112,11 @@ impl Limits {
 
     pub(crate) const fn transfers(&self) -> usize {
         self.transfers
+    }
+
+    /// Bytes a second; 0 is no limit.
+    pub(crate) const fn upload(&self) -> u64 {
+        self.upload.as_u64()
     }
 
     fn ingest(&self, cache: CacheConfig) -> ingest::Options {

@@ -7,6 +7,7 @@ use axum::Router;
 use node::enrol;
 use node::ingest::store::Store;
 use node::ingest::{Ingester, control};
+use node::mesh::tracker::{self, Gate, Tracker};
 use node::security::ca::Authority;
 use node::security::{Role, Security};
 use node::serve::{self, Listener};
@@ -35,8 +36,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let ingester = Ingester::new(store, config.registry(), security.signer()?, config.ingest())
         .context("cannot start the threads that encode")?;
 
-    let router = serve::router(Arc::new(ingester.clone()), config.limits.transfers());
+    let stop = CancellationToken::new();
+    let tracker = Tracker::start(ingester.clone(), stop.clone());
+    let gate = Gate::new(ingester.clone(), tracker.clone(), config.limits.upload());
+    let router = serve::router(Arc::new(gate), config.limits.transfers());
     let router = control::route(router, ingester.clone());
+    let router = tracker::route(router, tracker);
     let mut listener = Listener::bind(&config.listen, &security, config.limits.listener())
         .await
         .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -47,7 +52,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         listener = listener.with_enrolment(&security, enrol::server::route(Router::new(), directory.clone()))?;
     }
     let address = listener.local_addr()?;
-    let stop = CancellationToken::new();
     let served = tokio::spawn(listener.serve(router.clone(), stop.clone()));
     let (socket, stop_local) = (config.socket(), stop.clone());
     let local = tokio::spawn(async move {

@@ -108,7 +108,7 @@ impl Ingester {
     }
 
     /// The chunks of an ingest under way.
-    fn running(&self, blob: Digest) -> Option<Arc<Frames>> {
+    pub(crate) fn running(&self, blob: Digest) -> Option<Arc<Frames>> {
         let flight = self.flight(blob)?;
         let is_running = matches!(*flight.phase().borrow(), Phase::Running(_));
         is_running.then(|| flight.frames()).flatten()

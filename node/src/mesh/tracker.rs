@@ -9,6 +9,7 @@ mod book;
 mod gate;
 mod lines;
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,8 +41,10 @@ struct Shared {
 
 impl Tracker {
     /// For the layers of `ingester`, until `stop`, which ends all lines. Starts a task.
-    pub fn start(ingester: Ingester, seed: u64, stop: CancellationToken) -> Self {
-        let shared = Shared { ingester, book: Mutex::new(Book::new(seed)), epoch: Instant::now(), first: Notify::new() };
+    pub fn start(ingester: Ingester, stop: CancellationToken) -> Self {
+        let seed = RandomState::new().build_hasher().finish();
+        let shared =
+            Shared { ingester, book: Mutex::new(Book::new(seed)), epoch: Instant::now(), first: Notify::new() };
         let tracker = Self { shared: Arc::new(shared) };
         tokio::spawn(tracker.clone().look_after(stop));
         tracker

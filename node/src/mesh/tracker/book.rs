@@ -59,7 +59,7 @@ pub(super) struct Entered {
 
 /// The answer to a request for chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Gate {
+pub(super) enum Decision {
     /// The asker is no member of the layer.
     Stranger,
     /// Serve it; [`Book::on_end`] is called when that ended.
@@ -123,7 +123,8 @@ impl Book {
         self.settle(now);
         let of_ip = self.lines.values().filter(|line| line.hello.from == hello.from).count();
         if of_ip >= LINES_PER_IP_MAX || self.lines.len() >= LINES_MAX {
-            let text = format!("{of_ip} of {} lines here come from {}: no more are taken", self.lines.len(), hello.from);
+            let text =
+                format!("{of_ip} of {} lines here come from {}: no more are taken", self.lines.len(), hello.from);
             return Err(Status::resource_exhausted(text));
         }
         let (queue, told) = mpsc::channel(QUEUE_MAX);
@@ -254,19 +255,19 @@ impl Book {
     }
 
     /// Somebody asks for a run. Who says to be a member must come from where that member's line comes from.
-    pub(super) fn request(&mut self, now: Duration, blob: Digest, run: Range<u32>, asker: &Asker) -> Gate {
-        let Some(peer) = asker.peer.map(PeerId::at) else { return Gate::Stranger };
-        let Some(key) = self.keys.get(&blob).copied() else { return Gate::Stranger };
-        let is_member = |line: &&Line| line.layers.contains(&key) && asker.ip.is_none_or(|ip| ip == line.hello.from);
+    pub(super) fn request(&mut self, now: Duration, blob: Digest, run: Range<u32>, asker: &Asker) -> Decision {
+        let Some(peer) = asker.peer.map(PeerId::at) else { return Decision::Stranger };
+        let Some(key) = self.keys.get(&blob).copied() else { return Decision::Stranger };
+        let is_member = |line: &&Line| line.layers.contains(&key) && asker.ip == Some(line.hello.from);
         if self.lines.get(&peer).filter(is_member).is_none() {
-            return Gate::Stranger;
+            return Decision::Stranger;
         }
         match self.tracker.request(now, key, peer, run, asker.priority) {
-            Answer::Serve => Gate::Serve(key, peer),
-            Answer::Missing => Gate::Missing,
+            Answer::Serve => Decision::Serve(key, peer),
+            Answer::Missing => Decision::Missing,
             Answer::Busy { retry_after, peers } => {
                 let lines = peers.iter().filter_map(|peer| self.lines.get(peer));
-                Gate::Busy(Turned { retry_after, peers: lines.map(|line| line.hello.member.clone()).collect() })
+                Decision::Busy(Turned { retry_after, peers: lines.map(|line| line.hello.member.clone()).collect() })
             }
         }
     }
@@ -414,5 +415,103 @@ fn check(blob: Digest, chunk_count: u32, runs: &[Range<u32>]) -> Result<(), Stat
             Err(Status::invalid_argument(text))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use swarm::Priority;
+
+    const NOW: Duration = Duration::ZERO;
+
+    fn enter(book: &mut Book, host: u8, port: u16) -> Result<Entered, Status> {
+        let from = IpAddr::from([10, 0, 0, host]);
+        let member = Member { address: SocketAddr::new(from, port), zone: String::new() };
+        book.enter(NOW, Hello { member, leech: false, from })
+    }
+
+    fn geometry() -> Geometry {
+        Geometry::new(64 << 17, 17).unwrap()
+    }
+
+    fn blob(number: u32) -> Digest {
+        Digest::of(&number.to_le_bytes())
+    }
+
+    fn told(entered: &mut Entered) -> Vec<from_seeder::Message> {
+        let mut messages = Vec::new();
+        while let Ok(Ok(FromSeeder { message: Some(message) })) = entered.told.try_recv() {
+            messages.push(message);
+        }
+        messages
+    }
+
+    #[test]
+    fn three_machines_expel_a_node_and_one_with_many_lines_does_not() {
+        let mut book = Book::new(1);
+        let mut bad = enter(&mut book, 9, 7071).unwrap();
+        book.join(NOW, bad.line, blob(1), geometry(), &[]).unwrap();
+        let address = SocketAddr::from(([10, 0, 0, 9], 7071));
+        for port in 1..10 {
+            let slanderer = enter(&mut book, 1, port).unwrap();
+            book.accuse(NOW, slanderer.line, address);
+        }
+        let mut second = enter(&mut book, 2, 7071).unwrap();
+        book.accuse(NOW, second.line, address);
+        assert!(bad.cut.try_recv().is_err());
+        assert!(told(&mut second).iter().all(|message| !matches!(message, from_seeder::Message::Expel(_))));
+
+        let third = enter(&mut book, 3, 7071).unwrap();
+        book.accuse(NOW, third.line, address);
+        assert_eq!(bad.cut.try_recv().unwrap().code(), tonic::Code::PermissionDenied);
+        let expel = from_seeder::Message::Expel(address.to_string());
+        assert!(told(&mut second).contains(&expel));
+        assert_eq!(book.members().count(), 0);
+        // Neither does it come back, nor do those who come later deal with it.
+        assert_eq!(enter(&mut book, 9, 7071).unwrap_err().code(), tonic::Code::PermissionDenied);
+        assert!(told(&mut enter(&mut book, 4, 7071).unwrap()).contains(&expel));
+    }
+
+    #[test]
+    fn who_takes_nothing_is_cut_off_and_the_others_go_on() {
+        let mut book = Book::new(1);
+        let mut deaf = enter(&mut book, 1, 1).unwrap();
+        let mut good = enter(&mut book, 2, 1).unwrap();
+        for number in 0..LAYERS_PER_LINE_MAX as u32 {
+            for line in [deaf.line, good.line] {
+                book.join(NOW, line, blob(number), geometry(), &[]).unwrap();
+            }
+            told(&mut good);
+        }
+        assert_eq!(deaf.cut.try_recv().unwrap().code(), tonic::Code::ResourceExhausted);
+        assert!(good.cut.try_recv().is_err());
+        assert!(book.members().all(|(_, members)| members == 1));
+        // Its own end comes too late to matter.
+        book.hang_up(NOW, deaf.line);
+        assert_eq!((book.lines(), book.members().count()), (1, LAYERS_PER_LINE_MAX));
+
+        book.join(NOW, good.line, blob(u32::MAX), geometry(), &[]).unwrap();
+        assert_eq!(told(&mut good), [unknown(blob(u32::MAX))], "one layer more than a line may have");
+        book.hang_up(NOW, good.line);
+        assert!(book.keys.is_empty() && book.layers.is_empty());
+    }
+
+    #[test]
+    fn a_member_asks_from_where_its_line_comes_from() {
+        let mut book = Book::new(1);
+        let entered = enter(&mut book, 1, 7071).unwrap();
+        book.join(NOW, entered.line, blob(1), geometry(), &[]).unwrap();
+        let asker = |host: u8| Asker {
+            ip: Some(IpAddr::from([10, 0, 0, host])),
+            peer: Some(SocketAddr::from(([10, 0, 0, 1], 7071))),
+            priority: Priority::Demand,
+        };
+        let mut ask = |blob, run, host| book.request(NOW, blob, run, &asker(host));
+        assert!(matches!(ask(blob(1), 0..2, 1), Decision::Serve(..)));
+        assert_eq!(ask(blob(1), 0..2, 2), Decision::Stranger);
+        assert_eq!(ask(blob(2), 0..2, 1), Decision::Stranger);
+        assert_eq!(ask(blob(1), 60..65, 1), Decision::Missing);
+        assert_eq!(ask(blob(1), 0..u32::MAX, 1), Decision::Missing);
     }
 }

@@ -1,0 +1,224 @@
+//! The seeder's layers, given as the tracker says and no faster than the seeder may send.
+
+use std::collections::HashSet;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use layer::Digest;
+use layer::index::Section;
+use parking_lot::Mutex;
+use swarm::{LayerKey, PeerId, Rate};
+use tokio::time::Instant;
+
+use super::Tracker;
+use super::book::Decision;
+use crate::ingest::Ingester;
+use crate::mesh::{Asker, Turned};
+use crate::serve::{ByteStream, Frames, LayerServer, SectionBody, ServeError};
+use crate::source::BoxFuture;
+
+/// What is handed to a connection at a time. The connection takes the next piece when most of the last one is in the kernel's
+/// hands, so that what is under way is known to the tracker.
+const PIECE_LEN: usize = 64 << 10;
+/// Who would wait longer for its first byte is sent away instead.
+const DEBT_MAX: Duration = Duration::from_secs(1);
+/// When a node may ask again whether it can follow an ingest: its resolve tells it first if that ends.
+const FOLLOW_RETRY: Duration = Duration::from_secs(2);
+
+/// Serves the layers of an ingester: members of a layer's mesh get what the tracker says, all others everything.
+#[derive(Debug)]
+pub struct Gate {
+    ingester: Ingester,
+    tracker: Tracker,
+    upload: Arc<Upload>,
+    /// Blobs whose ingest a node of the mesh follows.
+    followed: Arc<Mutex<HashSet<Digest>>>,
+}
+
+/// What leaves this machine as chunks.
+#[derive(Debug)]
+struct Upload {
+    rate: Mutex<Rate>,
+    epoch: Instant,
+    sent_bytes: AtomicU64,
+}
+
+impl Gate {
+    /// Gives at most `bytes_per_sec` of chunks; 0 is no limit.
+    pub fn new(ingester: Ingester, tracker: Tracker, bytes_per_sec: u64) -> Self {
+        let rate = Mutex::new(Rate::new(bytes_per_sec));
+        let upload = Arc::new(Upload { rate, epoch: Instant::now(), sent_bytes: AtomicU64::new(0) });
+        Self { ingester, tracker, upload, followed: Arc::default() }
+    }
+
+    /// Bytes of frames that were handed to connections since the start.
+    pub fn sent_bytes(&self) -> u64 {
+        self.upload.sent_bytes.load(Ordering::Relaxed)
+    }
+
+    async fn give(&self, blob: Digest, run: Range<u32>, asker: Asker) -> Result<Frames, ServeError> {
+        let debt = self.upload.debt();
+        if debt > DEBT_MAX {
+            return Err(match asker.peer {
+                Some(_) => ServeError::Busy(Turned { retry_after: debt, peers: Vec::new() }),
+                None => ServeError::Overloaded,
+            });
+        }
+        let grant = match self.tracker.with(|book, now| book.request(now, blob, run.clone(), &asker)) {
+            Decision::Stranger => None,
+            Decision::Serve(layer, peer) => {
+                let (tracker, run) = (self.tracker.clone(), run.clone());
+                Some(Grant { tracker, layer, peer, run, is_whole: false })
+            }
+            Decision::Busy(turned) => return Err(ServeError::Busy(turned)),
+            Decision::Missing => return Err(ServeError::NotYet),
+        };
+        let given = self.ingester.chunks(blob, run, asker).await;
+        if matches!(given, Err(ServeError::Unknown)) {
+            // Evicted or damaged since its members joined: they resolve it anew.
+            self.tracker.with(|book, now| book.forget(now, blob));
+        }
+        Ok(self.upload.carry(given?, grant, |grant| grant.is_whole = true))
+    }
+
+    /// N nodes that want an image that nobody knows must not cost N copies: one of them gets its chunks as they come, the
+    /// others get them from it, and from each other, once the index is there.
+    async fn give_as_it_comes(&self, blob: Digest, asker: Asker) -> Result<Frames, ServeError> {
+        let mut follower = None;
+        if asker.peer.is_some() {
+            let turned = || ServeError::Busy(Turned { retry_after: FOLLOW_RETRY, peers: Vec::new() });
+            if self.ingester.running(blob).is_none() {
+                return Err(if self.ingester.flight(blob).is_some() { ServeError::NotYet } else { turned() });
+            }
+            follower = Some(Follower::of(&self.followed, blob).ok_or_else(turned)?);
+        }
+        let frames = self.ingester.follow(blob, asker).await?;
+        Ok(self.upload.carry(frames, follower, |_| {}))
+    }
+}
+
+impl LayerServer for Gate {
+    fn header(&self, blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>> {
+        self.ingester.header(blob)
+    }
+
+    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+        self.ingester.section(blob, section)
+    }
+
+    fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(self.give(blob, run, asker))
+    }
+
+    fn follow(&self, blob: Digest, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(self.give_as_it_comes(blob, asker))
+    }
+}
+
+/// A request that the tracker let in, until the answer ended.
+struct Grant {
+    tracker: Tracker,
+    layer: LayerKey,
+    peer: PeerId,
+    run: Range<u32>,
+    is_whole: bool,
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        let run = self.run.clone();
+        self.tracker.with(|book, now| book.on_end(now, self.layer, self.peer, run, self.is_whole));
+    }
+}
+
+/// The node that follows an ingest.
+struct Follower {
+    followed: Arc<Mutex<HashSet<Digest>>>,
+    blob: Digest,
+}
+
+impl Follower {
+    /// `None`: there is one.
+    fn of(followed: &Arc<Mutex<HashSet<Digest>>>, blob: Digest) -> Option<Self> {
+        followed.lock().insert(blob).then(|| Self { followed: Arc::clone(followed), blob })
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.followed.lock().remove(&self.blob);
+    }
+}
+
+/// A body under way, and what lasts as long as it.
+struct Carried<H> {
+    stream: ByteStream,
+    piece: Bytes,
+    /// Bytes that are to come, where that is known.
+    left: Option<u64>,
+    held: Option<H>,
+}
+
+impl Upload {
+    /// How long the next byte would wait.
+    fn debt(&self) -> Duration {
+        self.rate.lock().ready_at().saturating_sub(self.epoch.elapsed())
+    }
+
+    /// Waits until `bytes` may go; who comes first goes first.
+    async fn pass(&self, bytes: u64) {
+        let ready_at = {
+            let mut rate = self.rate.lock();
+            let ready_at = rate.ready_at();
+            rate.take(self.epoch.elapsed(), bytes);
+            ready_at
+        };
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if ready_at > self.epoch.elapsed() {
+            tokio::time::sleep_until(self.epoch + ready_at).await;
+        }
+    }
+
+    /// The frames in pieces, at the rate that is allowed. `on_whole` hears when all are handed over; `held` is dropped with the
+    /// body, however it ends.
+    fn carry<H: Send + 'static>(
+        self: &Arc<Self>,
+        frames: Frames,
+        held: Option<H>,
+        on_whole: impl Fn(&mut H) + Send + Sync + 'static,
+    ) -> Frames {
+        let Frames { len, chunk_log2, stream } = frames;
+        let upload = Arc::clone(self);
+        let carried = Carried { stream, piece: Bytes::new(), left: len, held };
+        let on_whole = Arc::new(on_whole);
+        let stream = stream::try_unfold(carried, move |mut carried| {
+            let (upload, on_whole) = (Arc::clone(&upload), Arc::clone(&on_whole));
+            async move {
+                while carried.piece.is_empty() {
+                    match carried.stream.next().await.transpose()? {
+                        Some(bytes) => carried.piece = bytes,
+                        None => {
+                            carried.held.iter_mut().for_each(|held| on_whole(held));
+                            return Ok::<_, io::Error>(None);
+                        }
+                    }
+                }
+                let len = carried.piece.len().min(PIECE_LEN);
+                let piece = carried.piece.split_to(len);
+                upload.pass(len as u64).await;
+                // A body whose length was told is not asked for its end.
+                carried.left = carried.left.map(|left| left.saturating_sub(len as u64));
+                if carried.left == Some(0) {
+                    carried.held.iter_mut().for_each(|held| on_whole(held));
+                }
+                Ok(Some((piece, carried)))
+            }
+        });
+        Frames { len, chunk_log2, stream: stream.boxed() }
+    }
+}

@@ -1,0 +1,380 @@
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use layer::Digest;
+use proto::drover::mesh::v1::tracker_client::TrackerClient;
+use proto::drover::mesh::v1::{Assign, FromSeeder, Haves, Hello, Introduce, ToSeeder, from_seeder, to_seeder};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{Code, Status, Streaming};
+
+use super::*;
+use crate::ingest::tests::{Sample, finished, ingester};
+use crate::ingest::{Phase, control};
+use crate::registry::fake::FakeRegistry;
+use crate::security::Security;
+use crate::serve::{self, Limits, Listener};
+use crate::source::BlobRef;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A seeder with a tracker in this process.
+struct Seeder {
+    registry: FakeRegistry,
+    ingester: Ingester,
+    tracker: Tracker,
+    address: SocketAddr,
+    _root: tempfile::TempDir,
+    _stop: DropGuard,
+}
+
+impl Seeder {
+    async fn start() -> Self {
+        Self::with_upload(0).await
+    }
+
+    async fn with_upload(bytes_per_sec: u64) -> Self {
+        let (registry, root) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
+        let ingester = ingester(root.path(), &registry, &Security::Off);
+        let stop = CancellationToken::new();
+        let tracker = Tracker::start(ingester.clone(), stop.clone());
+        let gate = Gate::new(ingester.clone(), tracker.clone(), bytes_per_sec);
+        let router = serve::router(Arc::new(gate), 64);
+        let router = control::route(router, ingester.clone());
+        let router = route(router, tracker.clone());
+        let listener = Listener::bind("127.0.0.1:0", &Security::Off, Limits::default()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(listener.serve(router, stop.clone()));
+        Self { registry, ingester, tracker, address, _root: root, _stop: stop.drop_guard() }
+    }
+
+    /// A layer that it knows.
+    async fn layer(&self, seed: u32) -> (BlobRef, u32) {
+        let blob = self.registry.put_blob(Sample::new(seed).blob);
+        let Phase::Ready(known) = finished(self.ingester.ask(&blob).await.unwrap()).await else {
+            panic!("it is known")
+        };
+        (blob, known.header().geometry().chunk_count())
+    }
+
+    async fn line(&self, port: u16) -> Line {
+        let mut line = self.call(Hello { address: format!(":{port}"), ..Hello::default() }).await.unwrap();
+        let from_seeder::Message::Welcome(welcome) = line.next().await else { panic!("no welcome") };
+        assert_eq!(welcome.address, format!("127.0.0.1:{port}"));
+        line
+    }
+
+    async fn call(&self, hello: Hello) -> Result<Line, Status> {
+        self.call_with(to_seeder::Message::Hello(hello)).await
+    }
+
+    async fn call_with(&self, first: to_seeder::Message) -> Result<Line, Status> {
+        let mut client = TrackerClient::connect(format!("http://{}", self.address)).await.unwrap();
+        let (sender, messages) = mpsc::channel(1024);
+        sender.send(ToSeeder { message: Some(first) }).await.unwrap();
+        let told = client.join(ReceiverStream::new(messages)).await?.into_inner();
+        Ok(Line { sender, told })
+    }
+
+    /// Status of a request for chunks, its headers `drover-retry-ms` and `drover-peers`, and the bytes that came.
+    async fn get(&self, blob: Digest, what: &str, port: Option<u16>) -> (u16, Option<u64>, String, usize) {
+        let mut request = reqwest::Client::new().get(format!("http://{}/v1/layers/{blob}/{what}", self.address));
+        if let Some(port) = port {
+            request = request.header("drover-peer", format!("127.0.0.1:{port}")).header("drover-priority", "demand");
+        }
+        let response = request.send().await.unwrap();
+        let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
+        let retry = header("drover-retry-ms").map(|text| text.parse().unwrap());
+        let (status, peers) = (response.status().as_u16(), header("drover-peers").unwrap_or_default());
+        (status, retry, peers, response.bytes().await.unwrap().len())
+    }
+
+    async fn until(&self, what: &str, is: impl Fn(&Tracker) -> bool) {
+        let waiting = async {
+            while !is(&self.tracker) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        assert!(tokio::time::timeout(PATIENCE, waiting).await.is_ok(), "{what}");
+    }
+}
+
+/// A node's end.
+struct Line {
+    sender: mpsc::Sender<ToSeeder>,
+    told: Streaming<FromSeeder>,
+}
+
+impl Line {
+    async fn say(&self, message: to_seeder::Message) {
+        let _ = self.sender.send(ToSeeder { message: Some(message) }).await;
+    }
+
+    async fn join(&self, blob: Digest, runs: &[u32]) {
+        self.say(to_seeder::Message::Join(haves(blob, runs))).await;
+    }
+
+    async fn next(&mut self) -> from_seeder::Message {
+        let next = tokio::time::timeout(PATIENCE, self.told.message()).await.expect("something is told");
+        next.unwrap().expect("the line goes on").message.unwrap()
+    }
+
+    async fn end(mut self) -> Option<Status> {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.told.message()).await.expect("the line ends") {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(status) => return Some(status),
+            }
+        }
+    }
+
+    async fn introduced(&mut self) -> Introduce {
+        loop {
+            if let from_seeder::Message::Introduce(introduce) = self.next().await {
+                return introduce;
+            }
+        }
+    }
+
+    async fn assigned(&mut self) -> Assign {
+        loop {
+            if let from_seeder::Message::Assign(assign) = self.next().await {
+                return assign;
+            }
+        }
+    }
+}
+
+fn haves(blob: Digest, runs: &[u32]) -> Haves {
+    Haves { blob: blob.as_bytes().to_vec(), runs: runs.to_vec() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_are_introduced_and_first_copies_assigned() {
+    let seeder = Seeder::start().await;
+    let (blob, count) = seeder.layer(1).await;
+    let mut one = seeder.line(4001).await;
+    one.join(blob.digest, &[]).await;
+    let Assign { blob: of, first, end, from } = one.assigned().await;
+    assert_eq!((of.as_slice(), first, from), (blob.digest.as_bytes().as_slice(), 0, None));
+    assert!(end > 0 && end <= count);
+
+    let hello = Hello { address: "127.0.0.1:4002".to_owned(), zone: "eu-1".to_owned(), leech: false };
+    let mut other = seeder.call(hello).await.unwrap();
+    other.join(blob.digest, &[]).await;
+    let introduced = one.introduced().await.peer.unwrap();
+    assert_eq!((introduced.address.as_str(), introduced.zone.as_str()), ("127.0.0.1:4002", "eu-1"));
+    assert_eq!(other.introduced().await.peer.unwrap().address, "127.0.0.1:4001");
+    assert_eq!(seeder.tracker.members(), [(blob.digest, 2)]);
+
+    // The end of a line is that of its memberships.
+    drop(one);
+    seeder.until("the line ends", |tracker| tracker.members() == [(blob.digest, 1)]).await;
+    other.say(to_seeder::Message::Leave(blob.digest.as_bytes().to_vec())).await;
+    seeder.until("nobody is left", |tracker| tracker.members().is_empty() && tracker.lines() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_chunk_is_assigned_and_others_are_pointed_to_who_got_it() {
+    let seeder = Seeder::start().await;
+    let (blob, count) = seeder.layer(2).await;
+    let (mut line, other) = (seeder.line(4001).await, seeder.line(4002).await);
+    line.join(blob.digest, &[]).await;
+    let mut fetched = BTreeSet::new();
+    while (fetched.len() as u32) < count {
+        let Assign { first, end, .. } = line.assigned().await;
+        let (status, .., bytes) = seeder.get(blob.digest, &format!("chunks/{first}-{end}"), Some(4001)).await;
+        assert_eq!(status, 200);
+        assert!(bytes > 0);
+        fetched.extend(first..end);
+    }
+    other.join(blob.digest, &[]).await;
+    seeder.until("both are members", |tracker| tracker.members() == [(blob.digest, 2)]).await;
+    line.say(to_seeder::Message::Report(haves(blob.digest, &[0, count]))).await;
+    let named = async {
+        loop {
+            let (status, retry, peers, _) = seeder.get(blob.digest, "chunks/5-6", Some(4002)).await;
+            // Long ago on a slow machine: it is given anew, once.
+            if status == 503 {
+                assert!(retry.unwrap() > 0);
+                break peers;
+            }
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, named).await.unwrap(), "127.0.0.1:4001");
+    // Who is no member is not sent away.
+    for stranger in [None, Some(4003)] {
+        assert_eq!(seeder.get(blob.digest, "chunks/5-6", stranger).await.0, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_node_has_is_not_assigned() {
+    let seeder = Seeder::start().await;
+    let (blob, count) = seeder.layer(3).await;
+    let mut line = seeder.line(4001).await;
+    line.join(blob.digest, &[0, count - 1]).await;
+    let Assign { first, end, .. } = line.assigned().await;
+    assert_eq!(first..end, count - 1..count);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_not_known_is_said_to_be_so() {
+    let seeder = Seeder::start().await;
+    let mut line = seeder.line(4001).await;
+    let blob = Digest::of(b"nobody knows it");
+    line.join(blob, &[]).await;
+    assert_eq!(line.next().await, from_seeder::Message::Unknown(blob.as_bytes().to_vec()));
+    assert!(seeder.tracker.members().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_lost_is_not_known_to_its_members_any_more() {
+    let seeder = Seeder::start().await;
+    let (blob, _) = seeder.layer(4).await;
+    let mut line = seeder.line(4001).await;
+    line.join(blob.digest, &[]).await;
+    line.assigned().await;
+    seeder.ingester.forget(blob.digest).await;
+    assert_eq!(seeder.get(blob.digest, "chunks/0-1", Some(4001)).await.0, 404);
+    while line.next().await != from_seeder::Message::Unknown(blob.digest.as_bytes().to_vec()) {}
+    assert!(seeder.tracker.members().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_line_replaces_the_first() {
+    let seeder = Seeder::start().await;
+    let (blob, _) = seeder.layer(5).await;
+    let first = seeder.line(4001).await;
+    first.join(blob.digest, &[]).await;
+    seeder.until("it joins", |tracker| tracker.members() == [(blob.digest, 1)]).await;
+    let second = seeder.line(4001).await;
+    assert_eq!(first.end().await.unwrap().code(), Code::Aborted);
+    assert_eq!((seeder.tracker.lines(), seeder.tracker.members()), (1, Vec::new()));
+    second.join(blob.digest, &[]).await;
+    seeder.until("it joins", |tracker| tracker.members() == [(blob.digest, 1)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_ends_a_line_and_nothing_else() {
+    use to_seeder::Message::{Accuse, Hello as Says, Join, Leave, Report};
+    let seeder = Seeder::start().await;
+    let (blob, count) = seeder.layer(6).await;
+    let witness = seeder.line(4000).await;
+    witness.join(blob.digest, &[0, count]).await;
+    for (address, zone) in [
+        ("", ""),
+        (":0", ""),
+        ("example.com:7071", ""),
+        ("127.0.0.1", ""),
+        ("224.0.0.1:7071", ""),
+        ("255.255.255.255:7071", ""),
+        (":4001", "a zone"),
+        (":4001", &"z".repeat(65)),
+    ] {
+        let hello = Hello { address: address.to_owned(), zone: zone.to_owned(), leech: false };
+        let refused = seeder.call(hello).await.err().map(|status| status.code());
+        assert_eq!(refused, Some(Code::InvalidArgument), "{address:?} {zone:?}");
+    }
+    let early = seeder.call_with(Join(haves(blob.digest, &[]))).await.err();
+    assert_eq!(early.map(|status| status.code()), Some(Code::InvalidArgument));
+    for garbage in [
+        Says(Hello { address: ":4001".to_owned(), ..Hello::default() }),
+        Join(haves(blob.digest, &[3])),
+        Join(haves(blob.digest, &[3, 3])),
+        Join(haves(blob.digest, &[0, count + 1])),
+        Join(Haves { blob: vec![1; 31], runs: Vec::new() }),
+        Report(haves(blob.digest, &[5, 6, 0, 1])),
+        Leave(vec![0; 33]),
+        Accuse("nobody".to_owned()),
+    ] {
+        let line = seeder.line(4001).await;
+        line.say(garbage.clone()).await;
+        let end = line.end().await.map(|status| status.code());
+        assert_eq!(end, Some(Code::InvalidArgument), "{garbage:?}");
+    }
+    let line = seeder.line(4001).await;
+    line.say(Join(haves(blob.digest, &vec![1 << 30; 1 << 18]))).await;
+    assert_eq!(line.end().await.map(|status| status.code()), Some(Code::OutOfRange), "a message of 1.3 MB");
+    seeder.until("the others are gone", |tracker| tracker.lines() == 1).await;
+    assert_eq!(seeder.tracker.members(), [(blob.digest, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_of_one_machine_are_bounded() {
+    let seeder = Seeder::start().await;
+    let mut lines = Vec::new();
+    for port in 5000..5064 {
+        lines.push(seeder.line(port).await);
+    }
+    let refused = seeder.call(Hello { address: ":6000".to_owned(), ..Hello::default() }).await.err();
+    assert_eq!(refused.map(|status| status.code()), Some(Code::ResourceExhausted));
+    drop(lines.pop());
+    seeder.until("a line ends", |tracker| tracker.lines() == 63).await;
+    seeder.line(6000).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_end_when_the_seeder_stops() {
+    let seeder = Seeder::start().await;
+    let line = seeder.line(4001).await;
+    drop(seeder._stop);
+    assert_eq!(line.end().await.unwrap().code(), Code::Unavailable);
+}
+
+/// The blob comes slowly: one node of the mesh follows its ingest, then another, and whoever is in no mesh.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_node_at_a_time_follows_an_ingest() {
+    let seeder = Seeder::start().await;
+    seeder.registry.set(|behaviour| behaviour.pause = Duration::from_millis(100));
+    let blob = seeder.registry.put_blob(Sample::new(7).blob);
+    let mut phase = seeder.ingester.ask(&blob).await.unwrap();
+    let client = reqwest::Client::new();
+    let follow = async |port: Option<u16>| {
+        let mut request = client.get(format!("http://{}/v1/layers/{}/follow", seeder.address, blob.digest));
+        if let Some(port) = port {
+            request = request.header("drover-peer", format!("127.0.0.1:{port}"));
+        }
+        request.send().await.unwrap()
+    };
+    let first = loop {
+        match follow(Some(4001)).await {
+            response if response.status() == 404 => tokio::time::sleep(Duration::from_millis(5)).await,
+            response => break response,
+        }
+    };
+    assert_eq!(first.status(), 200);
+    let turned = follow(Some(4002)).await;
+    assert_eq!(turned.status(), 503);
+    assert!(turned.headers().contains_key("drover-retry-ms"));
+    assert_eq!(follow(None).await.status(), 200);
+    drop(first);
+    let next = async {
+        while follow(Some(4002)).await.status() != 200 {
+            assert!(matches!(&*phase.borrow_and_update(), Phase::Running(_)), "the ingest was too fast");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, next).await.expect("the next may follow");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_is_sent_than_the_limit_allows() {
+    let seeder = Seeder::with_upload(2 << 20).await;
+    let (blob, count) = seeder.layer(8).await;
+    let began = Instant::now();
+    let mut sent = 0;
+    for first in [0, count / 3, count / 2] {
+        let (status, .., bytes) = seeder.get(blob.digest, &format!("chunks/{first}-{}", first + count / 3), None).await;
+        match status {
+            200 => sent += bytes,
+            503 => tokio::time::sleep(Duration::from_secs(1)).await,
+            other => panic!("{other}"),
+        }
+    }
+    let allowed = (began.elapsed().as_secs_f64() + 0.2) * f64::from(2 << 20) + f64::from(64 << 10);
+    assert!(sent > 0 && (sent as f64) <= allowed, "{sent} of {allowed}");
+}
