@@ -90,12 +90,24 @@ impl<'a> Frame<'a> {
 
     /// Appends the frame with its prefix, byte for byte as it came.
     pub fn write(&self, out: &mut Vec<u8>) {
-        let (body, plain) = match self {
-            Self::Plain(body) => (body, PLAIN),
-            Self::Packed(body) => (body, 0),
+        out.extend_from_slice(&self.prefix());
+        out.extend_from_slice(self.body());
+    }
+
+    /// The bytes in front of [`Frame::body`].
+    pub const fn prefix(&self) -> [u8; PREFIX_LEN] {
+        let plain = match self {
+            Self::Plain(_) => PLAIN,
+            Self::Packed(_) => 0,
         };
-        out.extend_from_slice(&(body.len() as u32 | plain).to_le_bytes());
-        out.extend_from_slice(body);
+        (self.body().len() as u32 | plain).to_le_bytes()
+    }
+
+    /// The bytes behind the prefix.
+    pub const fn body(&self) -> &'a [u8] {
+        match self {
+            Self::Plain(body) | Self::Packed(body) => body,
+        }
     }
 }
 

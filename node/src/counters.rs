@@ -21,6 +21,8 @@ pub(crate) struct Counters {
     pub(crate) rotten_chunks: Counter,
     pub(crate) evicted_bytes: Counter,
     pub(crate) hedges: Counter,
+    given_chunks: Counter,
+    given_bytes: Counter,
     pub(crate) reads_here: Counter,
     pub(crate) reads_waited: Counter,
     pub(crate) reads_failed: Counter,
@@ -62,6 +64,10 @@ pub struct CounterValues {
     pub evicted_bytes: u64,
     /// Fetches that asked a second source.
     pub hedges: u64,
+    /// Chunks that went to other nodes.
+    pub given_chunks: u64,
+    /// Bytes of the network for them.
+    pub given_bytes: u64,
     /// Reads that were answered from the store.
     pub reads_here: u64,
     /// Reads that waited for chunks and got them.
@@ -123,6 +129,12 @@ impl Counters {
         self.add(|counters| &counters.source(kind).plain_bytes, plain_bytes as u64);
     }
 
+    /// Chunks go to another node.
+    pub(crate) fn given(&self, chunks: u64, wire_bytes: usize) {
+        self.add(|counters| &counters.given_chunks, chunks);
+        self.add(|counters| &counters.given_bytes, wire_bytes as u64);
+    }
+
     pub(crate) fn waited(&self, time: Duration) {
         self.add(|counters| &counters.reads_waited, 1);
         self.add(|counters| &counters.wait_nanos, u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
@@ -140,6 +152,8 @@ impl Counters {
             rotten_chunks: self.rotten_chunks.get(),
             evicted_bytes: self.evicted_bytes.get(),
             hedges: self.hedges.get(),
+            given_chunks: self.given_chunks.get(),
+            given_bytes: self.given_bytes.get(),
             reads_here: self.reads_here.get(),
             reads_waited: self.reads_waited.get(),
             reads_failed: self.reads_failed.get(),

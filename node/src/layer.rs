@@ -461,6 +461,21 @@ impl Layer {
         }
     }
 
+    /// Where a section lies, if it is here.
+    pub(crate) fn section_path(&self, section: Section) -> PathBuf {
+        self.store.device_path().with_file_name(section.name())
+    }
+
+    /// Whether all of `run` is on the disk, which may have lost it without anyone having noticed.
+    pub(crate) fn has_run(&self, run: &Range<u32>) -> bool {
+        !self.store.is_quarantined() && self.store.next_missing(run.start).is_none_or(|gap| gap.start >= run.end)
+    }
+
+    /// Reads a chunk in place of what `out` has, to pass it on; `false`: it is not here. Blocks for the disk.
+    pub(crate) fn read_chunk(&self, chunk: ChunkIndex, out: &mut Vec<u8>) -> bool {
+        self.read_here(&self.geometry().range(chunk), &[], out)
+    }
+
     fn enter(self: &Arc<Self>, mut read: Waiting) -> WaitHandle {
         let mut buf = Vec::new();
         loop {
@@ -542,10 +557,7 @@ impl Layer {
     }
 
     fn missing(&self, section: Section) -> StoreError {
-        StoreError::Damaged {
-            path: self.store.device_path().with_file_name(section.name()),
-            reason: "the file is missing".into(),
-        }
+        StoreError::Damaged { path: self.section_path(section), reason: "the file is missing".into() }
     }
 }
 

@@ -84,6 +84,9 @@ pub enum ServeError {
     /// The layer is being ingested and has not come that far.
     #[error("the blob of the layer is being read and has not come that far")]
     NotYet,
+    /// The layer is known here, but not all that was asked for is here.
+    #[error("not all of it is here")]
+    Absent,
     /// The layer has no such chunks.
     #[error("the layer has no such chunks or bytes")]
     OutOfRange,
@@ -107,7 +110,7 @@ pub enum ServeError {
 impl IntoResponse for ServeError {
     fn into_response(self) -> Response {
         let status = match &self {
-            Self::Unknown | Self::NotYet => StatusCode::NOT_FOUND,
+            Self::Unknown | Self::NotYet | Self::Absent => StatusCode::NOT_FOUND,
             Self::OutOfRange => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::Busy(_) | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::Refused(_) => StatusCode::FORBIDDEN,

@@ -80,6 +80,11 @@ impl Uploads {
         Admission::Serve
     }
 
+    /// So many bytes more went out than were told to [`Uploads::request`].
+    pub fn sent(&mut self, now: Duration, bytes: u64) {
+        self.rate.take(now, bytes);
+    }
+
     /// What was being served to a peer ended, however.
     pub fn end(&mut self, peer: PeerId) {
         if let Some(of_peer) = self.by_peer.get_mut(&peer) {

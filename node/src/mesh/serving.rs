@@ -1,0 +1,192 @@
+//! What a node gives to others of its layers, and to whom when (`docs/wire.md`, "Bulk").
+//!
+//! Nothing leaves that was not checked: a frame as it came is compared with its own hash, and bytes of the device are given
+//! only where their digest is known to hold.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use layer::index::Section;
+use layer::wire::Frame;
+use layer::{ChunkIndex, Digest};
+use parking_lot::Mutex;
+use swarm::{Admission, PeerId, UploadConfig, Uploads};
+
+use super::asking::{Asker, PEERS_MAX, Turned};
+use super::member::Member;
+use crate::layer::Layer;
+use crate::node::Node;
+use crate::serve::{ByteStream, Frames, LayerServer, SectionBody, ServeError};
+use crate::source::BoxFuture;
+
+/// Bytes of frames that are read and handed to the network at a time.
+const BATCH_LEN: usize = 512 << 10;
+/// Most addresses that are refused. Whoever sends wrong chunks is a member of the cluster, so there cannot be many.
+const REFUSED_MAX: usize = 4096;
+
+/// Who else has a chunk of the layer with that blob, or is about to; nearest first.
+pub type Holders = Box<dyn Fn(Digest, u32) -> Vec<Member> + Send + Sync>;
+
+/// The layers of a node, for others.
+pub struct Sharing {
+    node: Arc<Node>,
+    gate: Arc<Gate>,
+    holders: Holders,
+}
+
+/// Who is served now.
+struct Gate {
+    uploads: Mutex<Uploads>,
+    refused: Mutex<BTreeSet<SocketAddr>>,
+    epoch: Instant,
+}
+
+/// An answer under way; its place is free again when it is dropped.
+struct Slot {
+    gate: Arc<Gate>,
+    peer: PeerId,
+}
+
+impl Sharing {
+    /// Gives what `node` has within the bounds of `uploads`, and names `holders` to whom it turns down.
+    pub fn new(node: Arc<Node>, uploads: UploadConfig, holders: Holders) -> Self {
+        let (uploads, refused) = (Mutex::new(Uploads::new(uploads)), Mutex::default());
+        Self { node, gate: Arc::new(Gate { uploads, refused, epoch: Instant::now() }), holders }
+    }
+
+    /// From now on nothing is given to the member at `address`.
+    pub fn refuse(&self, address: SocketAddr) {
+        let mut refused = self.gate.refused.lock();
+        if refused.len() < REFUSED_MAX {
+            refused.insert(address);
+        }
+    }
+
+    fn layer(&self, blob: Digest) -> Result<Arc<Layer>, ServeError> {
+        let layer = self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none());
+        layer.ok_or(ServeError::Unknown)
+    }
+
+    fn admit(&self, blob: Digest, first: u32, asker: &Asker) -> Result<Slot, ServeError> {
+        if asker.peer.is_some_and(|peer| self.gate.refused.lock().contains(&peer)) {
+            return Err(ServeError::Refused("this member sent wrong chunks and gets nothing"));
+        }
+        // By where it comes from, not by what it says: else one machine takes all slots under many names.
+        let ip = asker.ip.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let peer = PeerId::at(SocketAddr::new(ip, 0));
+        let admission = self.gate.uploads.lock().request(self.gate.epoch.elapsed(), peer, asker.priority, 0);
+        match admission {
+            Admission::Serve => Ok(Slot { gate: Arc::clone(&self.gate), peer }),
+            Admission::Refused => Err(ServeError::Refused("this node takes only")),
+            Admission::Busy { retry_after } => {
+                let mut peers = (self.holders)(blob, first);
+                peers.retain(|member| Some(member.address) != asker.peer);
+                peers.truncate(PEERS_MAX);
+                Err(ServeError::Busy(Turned { retry_after, peers }))
+            }
+        }
+    }
+}
+
+impl LayerServer for Sharing {
+    fn header(&self, blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>> {
+        Box::pin(async move { Ok(Bytes::copy_from_slice(&self.layer(blob)?.header().encode())) })
+    }
+
+    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+        Box::pin(async move {
+            let layer = self.layer(blob)?;
+            let (path, size) = (layer.section_path(section), layer.header().section(section).size);
+            let opened = tokio::task::spawn_blocking(move || File::open(path)).await;
+            match opened.map_err(io::Error::other).flatten() {
+                Ok(file) => Ok(SectionBody { file: Arc::new(file), size }),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ServeError::Absent),
+                Err(error) => Err(ServeError::Failed(format!("{section}: {error}"))),
+            }
+        })
+    }
+
+    fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(async move {
+            let layer = self.layer(blob)?;
+            if run.end > layer.geometry().chunk_count() {
+                return Err(ServeError::OutOfRange);
+            }
+            if !layer.has_run(&run) {
+                return Err(ServeError::Absent);
+            }
+            let slot = self.admit(blob, run.start, &asker)?;
+            Ok(Frames { len: None, chunk_log2: None, stream: given(layer, run, slot) })
+        })
+    }
+
+    /// Only who ingests has the chunks in order.
+    fn follow(&self, _blob: Digest, _asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(async { Err(ServeError::Unknown) })
+    }
+}
+
+impl Slot {
+    fn sent(&self, bytes: usize) {
+        self.gate.uploads.lock().sent(self.gate.epoch.elapsed(), bytes as u64);
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.gate.uploads.lock().end(self.peer);
+    }
+}
+
+impl fmt::Debug for Sharing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sharing").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+/// The frames of `run`. A chunk that is lost meanwhile breaks the stream off.
+fn given(layer: Arc<Layer>, run: Range<u32>, slot: Slot) -> ByteStream {
+    let batches = stream::try_unfold((run, slot), move |(run, slot)| {
+        let layer = Arc::clone(&layer);
+        async move {
+            if run.is_empty() {
+                return Ok::<_, io::Error>(None);
+            }
+            let end = run.end;
+            let read = tokio::task::spawn_blocking(move || read_batch(&layer, run));
+            let (parts, next) = read.await.map_err(io::Error::other)??;
+            slot.sent(parts.iter().map(Bytes::len).sum());
+            Ok(Some((stream::iter(parts).map(Ok), (next..end, slot))))
+        }
+    });
+    batches.try_flatten().boxed()
+}
+
+/// The frames of the first chunks of `run`, and where to go on.
+fn read_batch(layer: &Layer, run: Range<u32>) -> io::Result<(Vec<Bytes>, u32)> {
+    let (mut parts, mut len) = (Vec::new(), 0);
+    let mut next = run.start;
+    while next < run.end && len < BATCH_LEN {
+        let mut plain = Vec::new();
+        if !layer.read_chunk(ChunkIndex(next), &mut plain) {
+            return Err(io::Error::other(format!("chunk {next} is not here any more")));
+        }
+        let prefix = Frame::Plain(&plain).prefix();
+        len += prefix.len() + plain.len();
+        layer.own_counters().given(1, prefix.len() + plain.len());
+        parts.extend([Bytes::copy_from_slice(&prefix), Bytes::from(plain)]);
+        next += 1;
+    }
+    Ok((parts, next))
+}
+
+#[cfg(test)]
+mod tests;
