@@ -139,6 +139,8 @@ struct Members {
     /// What the seeder itself has.
     here: ChunkSet,
     peers: BTreeMap<PeerId, Member>,
+    /// How many of them have all of it.
+    complete: usize,
     /// For drawing lots.
     list: Vec<PeerId>,
     /// Members of each zone in turn, and what has entered it.
@@ -256,6 +258,7 @@ impl Tracker {
         let Some(member) = members.peers.get_mut(&peer) else { return };
         member.heard = self.now;
         let Some(zone) = members.zones.get_mut(&member.zone) else { return };
+        let was_complete = member.have.is_full();
         for run in runs {
             member.have.insert_run(run.clone());
             zone.entered.insert_run(run.clone());
@@ -263,6 +266,7 @@ impl Tracker {
                 members.unspread.remove(chunk);
             }
         }
+        members.complete += usize::from(member.have.is_full() && !was_complete);
     }
 
     /// The seeder has more of the layer.
@@ -450,11 +454,15 @@ impl Tracker {
         found
     }
 
-    /// Gives a node neighbours: zone-mates first, of a few drawn by lot those with the fewest.
+    /// Gives a node neighbours: zone-mates first, of a few drawn by lot those with the fewest. Two that have all of the layer
+    /// need not know each other: else, with many layers, all nodes would.
     fn introduce(&mut self, layer: LayerKey, peer: PeerId) {
         let Some(members) = self.layers.get(&layer) else { return };
         let Some(member) = members.peers.get(&peer) else { return };
-        let (zone, has) = (member.zone, member.neighbours.len());
+        let (zone, has, is_complete) = (member.zone, member.neighbours.len(), member.have.is_full());
+        if is_complete && members.complete == members.peers.len() {
+            return;
+        }
         let wanted = self.config.introductions.saturating_sub(has);
         let mates_wanted = wanted * self.config.mates_of_four / 4;
         let mut drawn: BTreeSet<(bool, usize, u64, PeerId)> = BTreeSet::new();
@@ -469,6 +477,9 @@ impl Tracker {
                 };
                 let Some((other, candidate)) = other.and_then(|id| members.peers.get_key_value(id)) else { continue };
                 let degree = candidate.neighbours.len();
+                if is_complete && candidate.have.is_full() {
+                    continue;
+                }
                 if *other != peer && degree < self.config.neighbours_max && !candidate.neighbours.contains(&peer) {
                     drawn.insert((candidate.zone != zone, degree, mix(other.0 ^ peer.0), *other));
                 }
@@ -561,6 +572,7 @@ impl Members {
             geometry,
             here: ChunkSet::new(count),
             peers: BTreeMap::new(),
+            complete: 0,
             list: Vec::new(),
             zones: BTreeMap::new(),
             unspread,
@@ -578,6 +590,7 @@ impl Members {
         }
         let count = self.geometry.chunk_count();
         let have = ChunkSet::new(count);
+        self.complete += usize::from(have.is_full());
         let member = Member { zone, have, neighbours: BTreeSet::new(), open_bytes: 0, heard: now, leech };
         self.peers.insert(peer, member);
         self.list.push(peer);
@@ -587,6 +600,7 @@ impl Members {
 
     fn remove(&mut self, peer: PeerId) {
         let Some(member) = self.peers.remove(&peer) else { return };
+        self.complete -= usize::from(member.have.is_full());
         self.list.retain(|id| *id != peer);
         for neighbour in &member.neighbours {
             if let Some(other) = self.peers.get_mut(neighbour) {
@@ -843,6 +857,25 @@ mod tests {
         for (peer, others) in &neighbours {
             assert!((8..=32).contains(&others.len()), "{peer:?} has {}", others.len());
             assert!(others.iter().all(|other| neighbours[other].contains(peer)));
+        }
+    }
+
+    #[test]
+    fn introduces_who_lacks_something_to_who_has_all_and_nobody_else() {
+        for at in [1, 150, 300] {
+            let mut tracker = Tracker::new(TrackerConfig::default(), 3);
+            for peer in 1..=300 {
+                let have = if peer == at { 0..60 } else { 0..64 };
+                tracker.join(Duration::ZERO, LAYER, geometry(), PeerId(peer), Zone(0), &[have], false);
+            }
+            let mut met = BTreeSet::new();
+            while let Some(action) = tracker.poll_action() {
+                if let TrackerAction::Introduce { to, peer, .. } = action {
+                    assert!(to == PeerId(at) || peer == PeerId(at), "{to:?} and {peer:?} have all");
+                    met.insert((to, peer));
+                }
+            }
+            assert!((16..=64).contains(&met.len()), "{} of {at}", met.len());
         }
     }
 
