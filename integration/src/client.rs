@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use crate::containerd::with_path;
 use crate::image::Image;
-use crate::network::Place;
 use crate::process::{run, wait_for};
 use crate::scene::{Node, Scene};
 use crate::tools::{self, Release};
@@ -132,7 +131,7 @@ impl<'a> Client<'a> {
     /// The client's own program with what every call needs, and `arguments`.
     fn program(&self, arguments: &[&str]) -> Command {
         let containerd = self.node.containerd();
-        let mut command = self.scene.network.command(Place::Node, &self.program);
+        let mut command = self.scene.network.command(containerd.place(), &self.program);
         match self.way {
             Way::Ctr | Way::CtrLocal | Way::Drover => return self.ctr(arguments),
             Way::Nerdctl => {

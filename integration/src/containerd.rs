@@ -43,10 +43,11 @@ const POD_NETWORK: &str = r#"{
 }
 "#;
 
-/// A running containerd at the node.
+/// A running containerd at a node.
 #[derive(Debug)]
 pub struct Containerd {
     daemon: Daemon,
+    place: Place,
     socket: PathBuf,
     hosts: PathBuf,
     root: PathBuf,
@@ -55,8 +56,15 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Starts containerd with state in `folder`. `socket` must be short (a Unix socket's path has at most 107 bytes).
-    pub fn start(tools: &Tools, network: &Network, folder: &Path, socket: &Path, setup: &Setup<'_>) -> Result<Self> {
+    /// Starts containerd at `place` with state in `folder`. `socket` must be short (a Unix socket's path has at most 107 bytes).
+    pub fn start(
+        tools: &Tools,
+        network: &Network,
+        place: Place,
+        folder: &Path,
+        socket: &Path,
+        setup: &Setup<'_>,
+    ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let hosts = folder.join("certs.d");
         fs::create_dir_all(&hosts)?;
@@ -93,18 +101,19 @@ impl Containerd {
         let config = folder.join("config.toml");
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
 
-        let mut command = network.command(Place::Node, tools.containerd.join("containerd"));
+        let mut command = network.command(place, tools.containerd.join("containerd"));
         command.arg("--config").arg(&config);
         with_path(&mut command, tools);
         let mut daemon = Daemon::start("containerd", &mut command, &folder.join("log"))?;
         let this = |command: &str| {
-            let mut ctr = network.command(Place::Node, tools.containerd.join("ctr"));
+            let mut ctr = network.command(place, tools.containerd.join("ctr"));
             ctr.arg("--address").arg(socket).arg(command);
             ctr
         };
         daemon.wait_until("answers", Duration::from_secs(60), || run(&mut this("version")).is_ok())?;
         Ok(Self {
             daemon,
+            place,
             socket: socket.to_owned(),
             hosts,
             root: folder.join("root"),
@@ -121,6 +130,11 @@ impl Containerd {
     /// The process, to stop it.
     pub fn daemon_mut(&mut self) -> &mut Daemon {
         &mut self.daemon
+    }
+
+    /// The host that it is at.
+    pub const fn place(&self) -> Place {
+        self.place
     }
 
     /// Its socket.
@@ -150,7 +164,7 @@ impl Containerd {
 
     /// `ctr` with its address and `arguments`.
     pub fn ctr(&self, network: &Network, arguments: &[&str]) -> Command {
-        let mut command = network.command(Place::Node, self.tools.containerd.join("ctr"));
+        let mut command = network.command(self.place, self.tools.containerd.join("ctr"));
         command.arg("--address").arg(&self.socket).args(arguments);
         with_path(&mut command, &self.tools);
         command
@@ -174,6 +188,8 @@ impl Containerd {
     ) -> Command {
         let group = format!("{}/{id}", self.control_group);
         let mut command = self.ctr(network, &["run", "--rm", "--net-host", "--cgroup", &group]);
+        // Where runc knows containers by their ids; without it, one place for all nodes of this machine.
+        command.arg("--runc-root").arg(self.root.with_file_name("runc"));
         command.args(["--snapshotter", snapshotter, reference, id]).args(program);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command

@@ -27,14 +27,14 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the snapshotter may take to say its status.
 const STATUS_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A cluster's authority. The seeder has a certificate that was issued by hand, the node gets its own with a token.
+/// A cluster's authority. The seeder has a certificate that was issued by hand, the nodes get their own with a token.
 #[derive(Clone, Debug)]
 pub struct Cluster {
     folder: PathBuf,
 }
 
 impl Cluster {
-    /// Makes an authority in `folder`, a certificate for the seeder of `network` and a token for its node.
+    /// Makes an authority in `folder`, a certificate for the seeder of `network` and a token for its nodes.
     pub fn create(tools: &Tools, network: &Network, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         run(Command::new(&tools.seeder).args(["ca", "init", "--dir"]).arg(folder))?;
@@ -119,6 +119,7 @@ impl Seeder {
 #[derive(Debug)]
 pub struct Snapshotter {
     daemon: Daemon,
+    place: Place,
     socket: PathBuf,
     config: PathBuf,
     program: PathBuf,
@@ -126,11 +127,12 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Starts a snapshotter with its configuration and log in `folder`, its store in `root` and its sockets in `sockets`. `extra` is added to its configuration.
+    /// Starts a snapshotter at `place` with its configuration and log in `folder`, its store in `root` and its sockets in `sockets`. `extra` is added to its configuration.
     #[expect(clippy::too_many_arguments, reason = "each is one line of the configuration")]
     pub fn start(
         tools: &Tools,
         network: &Network,
+        place: Place,
         cluster: &Cluster,
         folder: &Path,
         root: PathBuf,
@@ -155,7 +157,8 @@ impl Snapshotter {
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let socket = sockets.join("drover.sock");
         let program = tools.snapshotter.clone();
-        let mut this = Self { daemon: Self::serve(network, &program, &config, folder)?, socket, config, program, root };
+        let daemon = Self::serve(network, place, &program, &config, folder)?;
+        let mut this = Self { daemon, place, socket, config, program, root };
         this.wait_until_ready()?;
         Ok(this)
     }
@@ -188,7 +191,7 @@ impl Snapshotter {
     /// Starts it again with the same configuration, after it was stopped or killed.
     pub fn restart(&mut self, network: &Network) -> Result<()> {
         let folder = self.config.parent().context("the configuration has no folder")?.to_owned();
-        self.daemon = Self::serve(network, &self.program, &self.config, &folder)?;
+        self.daemon = Self::serve(network, self.place, &self.program, &self.config, &folder)?;
         self.wait_until_ready()
     }
 
@@ -216,13 +219,13 @@ impl Snapshotter {
 
     /// The same, to be given the reference and started.
     pub fn pulling(&self, network: &Network) -> Command {
-        let mut command = network.command(Place::Node, &self.program);
+        let mut command = network.command(self.place, &self.program);
         command.arg("pull").arg("--config").arg(&self.config);
         command
     }
 
-    fn serve(network: &Network, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {
-        let mut command = network.command(Place::Node, program);
+    fn serve(network: &Network, place: Place, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {
+        let mut command = network.command(place, program);
         command.arg("serve").arg("--config").arg(config);
         Daemon::start("snapshotter", &mut command, &folder.join("log"))
     }

@@ -3,7 +3,7 @@
 //!
 //! - [`sandbox`]: everything runs in a process, mount and network namespace of its own that the kernel tears down.
 //! - [`tools`]: where the programs come from. [`process`]: starting, watching and stopping them.
-//! - [`network`]: registry, seeder and node as three hosts on a switch, with a link speed and byte counters.
+//! - [`network`]: registry, seeder and nodes as hosts on a switch, with link speeds and byte counters.
 //! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves. [`client`]:
 //!   the programs that people pull and run images with.
 //! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.

@@ -59,6 +59,8 @@ pub struct Start {
     pub first_line: Duration,
     /// From the start of the pull until the container ended.
     pub ended: Duration,
+    /// From the start of the pull until the whole image was here, where that was waited for.
+    pub complete: Option<Duration>,
     /// Bytes that had entered the node when the first line came.
     pub node_bytes_first: Option<u64>,
     /// Bytes that had entered the node when nothing more was fetched.
@@ -98,16 +100,9 @@ const LINES_MAX: usize = 1000;
 
 const CONTAINER: &str = "subject";
 
-/// Starts the subject's container once on a new node and measures it. The seeder's state is put right before: for
-/// [`Way::DroverKnown`] it must have ingested the image in an earlier start of this scene. With `to_the_end`, waits until the
-/// node has everything.
-pub fn start(
-    scene: &mut Scene,
-    way: Way,
-    subject: &Subject,
-    to_the_end: bool,
-    say: &dyn Fn(&str),
-) -> Result<(Start, Node)> {
+/// Puts the seeder's state right and gives a new node, for one [`start`]. For [`Way::DroverKnown`] the seeder must have ingested
+/// the image in an earlier start of this scene.
+pub fn node(scene: &mut Scene, way: Way) -> Result<Node> {
     match way {
         Way::Overlayfs | Way::Rival(_) => scene.stop_seeder(),
         Way::DroverNew => scene.start_seeder(true)?,
@@ -119,8 +114,20 @@ pub fn start(
         Way::Rival(rival) => scene.rival_node(rival)?,
     };
     drop_caches();
+    Ok(node)
+}
 
-    let node_before = entered(scene, &node)?;
+/// Starts the subject's container once on a node that has nothing of it, and measures it. With `to_the_end`, waits until the
+/// node has everything.
+pub fn start(
+    scene: &Scene,
+    node: &Node,
+    way: Way,
+    subject: &Subject,
+    to_the_end: bool,
+    say: &dyn Fn(&str),
+) -> Result<Start> {
+    let node_before = entered(scene, node)?;
     let seeder_before = ingested(scene)?;
     let since = |now: Option<u64>, before: Option<u64>| now.zip(before).map(|(now, before)| now.saturating_sub(before));
 
@@ -137,7 +144,7 @@ pub fn start(
     let (sender, lines) = channel();
     let readers = [forward(stdout, sender.clone()), forward(stderr, sender)];
     let first = lines.recv_timeout(FIRST_LINE_DEADLINE);
-    let node_bytes_first = since(entered(scene, &node)?, node_before);
+    let node_bytes_first = since(entered(scene, node)?, node_before);
     let node_usage_first = node.daemon().usage();
     let Ok((line, at)) = first else {
         let _ = child.kill();
@@ -166,29 +173,34 @@ pub fn start(
         let rest: Vec<_> = lines.try_iter().map(|(line, _)| line).collect();
         bail!("the container failed ({status}): {line}\n{}", rest.join("\n"));
     }
-    if to_the_end && matches!(way, Way::DroverNew | Way::DroverKnown) {
-        say("waiting until everything is here");
-        wait_until_complete(&node)?;
-    }
-    let result = Start {
+    let complete = match way {
+        Way::DroverNew | Way::DroverKnown if to_the_end => {
+            say("waiting until everything is here");
+            wait_until_complete(node)?;
+            Some(clock.elapsed())
+        }
+        Way::Overlayfs => Some(pull),
+        Way::DroverNew | Way::DroverKnown | Way::Rival(_) => None,
+    };
+    Ok(Start {
         pull,
         first_line,
         ended,
+        complete,
         node_bytes_first,
-        node_bytes_end: since(entered(scene, &node)?, node_before),
+        node_bytes_end: since(entered(scene, node)?, node_before),
         seeder_bytes: since(ingested(scene)?, seeder_before),
         line,
         node_usage_first,
         node_usage: node.daemon().usage(),
         seeder_usage: scene.seeder.as_ref().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
-    };
-    Ok((result, node))
+    })
 }
 
 /// Bytes that entered the node: by the counter of its link, else as far as the daemons know, that is, what is in containerd's
 /// content store and what Drover fetched.
 fn entered(scene: &Scene, node: &Node) -> Result<Option<u64>> {
-    if let Some(counter) = scene.network.counter(Place::Node, Link::Switch) {
+    if let Some(counter) = scene.network.counter(node.place(), Link::Switch) {
         return counter.read().map(Some);
     }
     let content = node.containerd().content_bytes();

@@ -1,26 +1,31 @@
-//! A small network: registry, seeder and node are hosts of their own (network namespaces) on one switch.
+//! A small network: registry, seeder and every node are hosts of their own (network namespaces) on one switch.
 //!
 //! The seeder also has a direct link to the registry, so that what it fetches there can be counted by itself. Every link has
-//! the same speed, in both directions. Nothing reaches any other machine.
+//! a speed, the same in both directions. Nothing reaches any other machine.
 
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 
 use crate::process::run;
 
+/// Where the kernel's names of network namespaces are.
+const NAMESPACES: &str = "/run/netns";
+
 /// One of the hosts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
     /// Where the image registry runs.
     Registry,
     /// Where the seeder runs.
     Seeder,
-    /// Where containerd and the snapshotter run.
-    Node,
+    /// Where the containerd and the snapshotter of the node with this number run, which is below 10 000.
+    Node(u16),
 }
 
 /// A link of a host.
@@ -33,27 +38,26 @@ pub enum Link {
 }
 
 impl Place {
-    const ALL: [Self; 3] = [Self::Registry, Self::Seeder, Self::Node];
-
     /// Its address on the switch.
     pub const fn address(self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 77, 0, self.number())
-    }
-
-    const fn number(self) -> u8 {
         match self {
-            Self::Registry => 2,
-            Self::Seeder => 3,
-            Self::Node => 4,
+            Self::Registry => Ipv4Addr::new(10, 77, 0, 2),
+            Self::Seeder => Ipv4Addr::new(10, 77, 0, 3),
+            Self::Node(number) => Ipv4Addr::new(10, 77, 1 + (number / 200) as u8, 1 + (number % 200) as u8),
         }
     }
 
-    const fn namespace(self) -> &'static str {
+    fn namespace(self) -> String {
         match self {
-            Self::Registry => "registry",
-            Self::Seeder => "seeder",
-            Self::Node => "node",
+            Self::Registry => "registry".to_owned(),
+            Self::Seeder => "seeder".to_owned(),
+            Self::Node(number) => format!("node-{number}"),
         }
+    }
+
+    /// The switch's end of its link.
+    fn port(self) -> String {
+        format!("to-{}", self.namespace())
     }
 }
 
@@ -69,16 +73,29 @@ impl Link {
 /// Where the programs run: on hosts of the lab, or (to reach registries elsewhere) all on the machine's own network.
 #[derive(Debug)]
 pub enum Network {
-    /// Three hosts on a switch; see the module.
+    /// Hosts on a switch; see the module.
     Hosts(Hosts),
     /// The machine's own network: no link speed and no counters.
     Machine,
 }
 
 impl Network {
-    /// Builds the hosts. Must be called inside the sandbox, whose end removes them.
+    /// Builds the hosts of registry and seeder. Must be called inside the sandbox, whose end removes them.
     pub fn hosts() -> Result<Self> {
         Hosts::create().map(Self::Hosts)
+    }
+
+    /// Adds the host of the node with this number, which no other node has.
+    pub fn add_node(&self, number: u16) -> Result<Host> {
+        let place = Place::Node(number);
+        match self {
+            Self::Hosts(hosts) => {
+                let host = Host { place, is_own: true };
+                hosts.add(place)?;
+                Ok(host)
+            }
+            Self::Machine => Ok(Host { place, is_own: false }),
+        }
     }
 
     /// Address under which `place` is reached.
@@ -95,14 +112,14 @@ impl Network {
             Self::Hosts(_) => {
                 // Not `ip netns exec`: that makes a mount namespace for each, and mounts must be seen by all.
                 let mut command = Command::new("nsenter");
-                command.arg(format!("--net=/run/netns/{}", place.namespace())).arg("--").arg(program);
+                command.arg(format!("--net={NAMESPACES}/{}", place.namespace())).arg("--").arg(program);
                 command
             }
             Self::Machine => Command::new(program),
         }
     }
 
-    /// Counter of the bytes that `place` receives over `link`, headers included; `None` on the machine's own network.
+    /// Counter of the bytes that `place` receives and sends over `link`, headers included; `None` on the machine's own network.
     pub const fn counter(&self, place: Place, link: Link) -> Option<Counter> {
         match self {
             Self::Hosts(_) => Some(Counter { place, link }),
@@ -110,69 +127,157 @@ impl Network {
         }
     }
 
-    /// Gives every link of the hosts this speed, both ways.
+    /// Gives every link of the hosts this speed, both ways, those of nodes that are added later too.
     pub fn set_speed(&self, megabits: u32) -> Result<()> {
         match self {
             Self::Hosts(hosts) => hosts.set_speed(megabits),
             Self::Machine => Ok(()),
         }
     }
+
+    /// Gives all links of one host another speed than the others have, until [`Network::set_speed`] is called.
+    pub fn set_speed_of(&self, place: Place, megabits: u32) -> Result<()> {
+        match self {
+            Self::Hosts(_) => shape(&[place], megabits),
+            Self::Machine => Ok(()),
+        }
+    }
+
+    /// Lets the switch drop everything from and to `place`, without a word to anybody, until `isolated` is false again.
+    pub fn isolate(&self, place: Place, isolated: bool) -> Result<()> {
+        // States of a bridge's port: disabled, and forwarding.
+        let state = if isolated { "0" } else { "3" };
+        let mut command = Command::new("bridge");
+        command.args(["-n", "switch", "link", "set", "dev", &place.port(), "state", state]);
+        run(&mut command).with_context(|| format!("cannot cut {place:?} off or connect it again"))?;
+        Ok(())
+    }
 }
 
-/// The three hosts.
+/// The host of a node; its end is that of its link. Without hosts, the machine.
 #[derive(Debug)]
-pub struct Hosts(());
+pub struct Host {
+    place: Place,
+    is_own: bool,
+}
+
+impl Host {
+    /// Which one.
+    pub const fn place(&self) -> Place {
+        self.place
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The link goes with its other end, also while a process that is about to end still holds the namespace.
+        let name = self.place.namespace();
+        let (port, forget) = (self.place.port(), format!("ip netns del {name}"));
+        if self.is_own {
+            let _ = run(Command::new("sh").args(["-c", &format!("ip -n switch link del {port}; {forget}")]));
+        }
+    }
+}
+
+/// The hosts.
+#[derive(Debug)]
+pub struct Hosts {
+    /// Speed of links in Mbit/s; 0 until one was set.
+    speed: AtomicU32,
+}
 
 impl Hosts {
     fn create() -> Result<Self> {
-        fs::create_dir_all("/run/netns").context("cannot create /run/netns")?;
-        let mut script = String::from(
-            "set -e\nip netns add switch\nip -n switch link add br0 type bridge\nip -n switch link set br0 up\n",
-        );
-        for place in Place::ALL {
-            let (name, address) = (place.namespace(), place.address());
-            script.push_str(&format!(
-                "ip netns add {name}\n\
-                 nsenter --net=/run/netns/{name} sh -c 'echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6'\n\
-                 ip -n switch link add to-{name} type veth peer name eth0 netns {name}\n\
-                 ip -n switch link set to-{name} master br0 up\n\
-                 ip -n {name} addr add {address}/24 dev eth0\n\
-                 ip -n {name} link set eth0 up\n\
-                 ip -n {name} link set lo up\n"
-            ));
-        }
+        fs::create_dir_all(NAMESPACES).with_context(|| format!("cannot create {NAMESPACES}"))?;
+        script("set -e\nip netns add switch\nip -n switch link add br0 type bridge\nip -n switch link set br0 up\n")?;
+        let this = Self { speed: AtomicU32::new(0) };
+        this.add(Place::Registry)?;
+        this.add(Place::Seeder)?;
         let (registry, seeder) = (Place::Registry.address(), Place::Seeder.address());
-        script.push_str(&format!(
-            "ip -n registry link add eth1 type veth peer name eth1 netns seeder\n\
+        script(&format!(
+            "set -e\n\
+             ip -n registry link add eth1 type veth peer name eth1 netns seeder\n\
              ip -n registry link set eth1 up\n\
              ip -n seeder link set eth1 up\n\
              ip -n registry route add {seeder}/32 dev eth1 src {registry}\n\
              ip -n seeder route add {registry}/32 dev eth1 src {seeder}\n"
-        ));
-        run(Command::new("sh").args(["-c", &script])).context("cannot build the lab's network")?;
-        Ok(Self(()))
+        ))?;
+        Ok(this)
+    }
+
+    fn add(&self, place: Place) -> Result<()> {
+        let (name, port, address) = (place.namespace(), place.port(), place.address());
+        script(&format!(
+            "set -e\n\
+             ip netns add {name}\n\
+             nsenter --net={NAMESPACES}/{name} sh -c 'echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6'\n\
+             ip -n switch link add {port} type veth peer name eth0 netns {name}\n\
+             ip -n switch link set {port} master br0 up\n\
+             ip -n {name} addr add {address}/16 dev eth0\n\
+             ip -n {name} link set eth0 up\n\
+             ip -n {name} link set lo up\n"
+        ))?;
+        match self.speed.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            megabits => shape(&[place], megabits),
+        }
     }
 
     fn set_speed(&self, megabits: u32) -> Result<()> {
-        let mut script = String::from("set -e\n");
-        let mut ends = vec![("registry", "eth1".to_owned()), ("seeder", "eth1".to_owned())];
-        for place in Place::ALL {
-            ends.push((place.namespace(), "eth0".to_owned()));
-            ends.push(("switch", format!("to-{}", place.namespace())));
+        self.speed.store(megabits, Ordering::Relaxed);
+        let mut places = vec![Place::Registry, Place::Seeder];
+        for entry in fs::read_dir(NAMESPACES).with_context(|| format!("cannot list {NAMESPACES}"))?.flatten() {
+            let number = entry.file_name().to_str().and_then(|name| name.strip_prefix("node-")?.parse().ok());
+            places.extend(number.map(Place::Node));
         }
-        // A burst of 2 ms lets the timer's granularity not limit the rate; 60 ms of queue is a switch's, not a bloated router's.
-        let burst = (u64::from(megabits) * 1_000_000 / 8 / 500).max(128 * 1024);
-        let queue = (u64::from(megabits) * 1_000_000 / 8 * 60 / 1000).max(512 * 1024);
-        for (namespace, device) in ends {
-            script.push_str(&format!(
-                "tc -n {namespace} qdisc del dev {device} root 2>/dev/null || true\n\
-                 tc -n {namespace} qdisc add dev {device} root handle 1: htb default 1\n\
-                 tc -n {namespace} class add dev {device} parent 1: classid 1:1 htb rate {megabits}mbit burst {burst} cburst {burst} quantum 60000\n\
-                 tc -n {namespace} qdisc add dev {device} parent 1:1 handle 2: bfifo limit {queue}\n"
-            ));
+        shape(&places, megabits)
+    }
+}
+
+/// Gives all links of `places` a speed.
+fn shape(places: &[Place], megabits: u32) -> Result<()> {
+    let mut ends = Vec::new();
+    for &place in places {
+        ends.push((place.namespace(), Link::Switch.device().to_owned()));
+        ends.push(("switch".to_owned(), place.port()));
+        if let Place::Registry | Place::Seeder = place {
+            ends.push((place.namespace(), Link::Direct.device().to_owned()));
         }
-        run(Command::new("sh").args(["-c", &script])).context("cannot set the speed of the lab's links")?;
-        Ok(())
+    }
+    // A burst of 2 ms lets the timer's granularity not limit the rate; 60 ms of queue is a switch's, not a bloated router's.
+    let burst = (u64::from(megabits) * 1_000_000 / 8 / 500).max(128 * 1024);
+    let queue = (u64::from(megabits) * 1_000_000 / 8 * 60 / 1000).max(512 * 1024);
+    let mut text = String::from("set -e\n");
+    for (namespace, device) in ends {
+        text.push_str(&format!(
+            "tc -n {namespace} qdisc del dev {device} root 2>/dev/null || true\n\
+             tc -n {namespace} qdisc add dev {device} root handle 1: htb default 1\n\
+             tc -n {namespace} class add dev {device} parent 1: classid 1:1 htb rate {megabits}mbit burst {burst} cburst {burst} quantum 60000\n\
+             tc -n {namespace} qdisc add dev {device} parent 1:1 handle 2: bfifo limit {queue}\n"
+        ));
+    }
+    script(&text).context("cannot set the speed of the lab's links")
+}
+
+fn script(text: &str) -> Result<()> {
+    run(Command::new("sh").args(["-c", text])).context("cannot change the lab's network")?;
+    Ok(())
+}
+
+/// Bytes that a host received and sent over a link, headers included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// What came.
+    pub received: u64,
+    /// What went out.
+    pub sent: u64,
+}
+
+impl Traffic {
+    /// What came and went after `before`.
+    #[must_use]
+    pub const fn since(self, before: Self) -> Self {
+        Self { received: self.received.saturating_sub(before.received), sent: self.sent.saturating_sub(before.sent) }
     }
 }
 
@@ -184,19 +289,52 @@ pub struct Counter {
 }
 
 impl Counter {
-    /// Bytes since the link was made.
+    /// Bytes that came since the link was made.
     pub fn read(self) -> Result<u64> {
-        let Self { place, link } = self;
-        let path = format!("/run/netns/{}", place.namespace());
+        self.traffic().map(|traffic| traffic.received)
+    }
+
+    /// Bytes that came and went since the link was made.
+    pub fn traffic(self) -> Result<Traffic> {
+        let path = Path::new(NAMESPACES).join(self.place.namespace());
         // A thread of its own enters the namespace: /proc/thread-self/net shows its counters.
         let read = std::thread::spawn(move || -> Result<String> {
-            let namespace = File::open(&path).with_context(|| format!("cannot open {path}"))?;
-            setns(namespace, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter {path}"))?;
+            let namespace = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+            setns(namespace, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter {}", path.display()))?;
             fs::read_to_string("/proc/thread-self/net/dev").context("cannot read interface counters")
         });
         let table = read.join().map_err(|_| anyhow!("the thread that reads counters panicked"))??;
-        let line = table.lines().find_map(|line| line.trim().strip_prefix(link.device())?.strip_prefix(':'));
-        let bytes = line.and_then(|counters| counters.split_whitespace().next()?.parse().ok());
-        bytes.with_context(|| format!("{} has no link {}", place.namespace(), link.device()))
+        let device = self.link.device();
+        traffic_of(&table, device).with_context(|| format!("{:?} has no link {device}", self.place))
+    }
+}
+
+/// A device's line of the kernel's table, whose first column behind the name is what came and whose ninth is what went.
+fn traffic_of(table: &str, device: &str) -> Option<Traffic> {
+    let line = table.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))?;
+    let mut columns = line.split_whitespace();
+    let received = columns.next()?.parse().ok()?;
+    Some(Traffic { received, sent: columns.nth(7)?.parse().ok()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_host_has_an_address_of_its_own() {
+        let places = [Place::Registry, Place::Seeder].into_iter().chain((0..10_000).map(Place::Node));
+        let addresses: std::collections::BTreeSet<_> = places.map(Place::address).collect();
+        assert_eq!(addresses.len(), 10_002);
+        assert!(addresses.iter().all(|address| ![0, 255].contains(&address.octets()[3])));
+    }
+
+    #[test]
+    fn a_device_is_found_in_the_kernels_table() {
+        let table = "Inter-|   Receive                |  Transmit\n face |bytes    packets errs drop fifo frame compressed multicast|bytes\n    \
+                     lo:     120       2    0    0    0     0          0         0      120       2    0    0    0     0       0          0\n  \
+                     eth0: 1234567  890    0    0    0     0          0         0  7654321     321    0    0    0     0       0          0\n";
+        assert_eq!(traffic_of(table, "eth0"), Some(Traffic { received: 1_234_567, sent: 7_654_321 }));
+        assert_eq!(traffic_of(table, "eth1"), None);
     }
 }

@@ -58,17 +58,18 @@ impl Rival {
         Image::open(&converted)
     }
 
-    /// Starts it at the node, with state in `root`, for the containerd at `containerd`. Gives it with containerd's drop-in.
+    /// Starts it at `place`, with state in `root`, for the containerd at `containerd`. Gives it with containerd's drop-in.
     pub fn start(
         self,
         network: &Network,
+        place: Place,
         root: &Path,
         socket: &Path,
         registry: &str,
         containerd: &Path,
     ) -> Result<(Daemon, String)> {
         fs::create_dir_all(root).with_context(|| format!("cannot create {}", root.display()))?;
-        let mut command = network.command(Place::Node, self.program("serve", &|_| {})?);
+        let mut command = network.command(place, self.program("serve", &|_| {})?);
         command.arg(root.join("store")).arg(socket).arg(registry);
         if self == Self::Soci {
             command.arg(containerd);

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use crate::containerd::{Containerd, Cri, Setup};
 use crate::disk::Disk;
 use crate::drover::{Cluster, Seeder, Snapshotter};
-use crate::network::{Network, Place};
+use crate::network::{Host, Network, Place};
 use crate::process::{self, Daemon, wait_for};
 use crate::registry::Registry;
 use crate::rivals::Rival;
@@ -36,7 +36,7 @@ pub struct Scene {
     pub seeder: Option<Seeder>,
     cluster: Option<Cluster>,
     run: Run,
-    nodes: u32,
+    nodes: u16,
 }
 
 impl Scene {
@@ -106,12 +106,15 @@ impl Scene {
         let containerd_socket = sockets.join("containerd.sock");
         let plain_registry = self.plain_registry();
         // From here on the guard clears the node when a later step fails.
-        let mut node = Node { containerd: None, snapshotter: None, rival: None, folder, containerd_socket };
+        let host = self.network.add_node(self.nodes)?;
+        let place = host.place();
+        let mut node = Node { containerd: None, snapshotter: None, rival: None, folder, containerd_socket, host };
         let (mut drop_in, mut cri) = (None, None);
         if let Kind::Rival(rival) = kind {
             let registry = plain_registry.as_deref().context("other snapshotters need the private registry")?;
             let (root, socket) = (node.folder.join("rival"), sockets.join("rival.sock"));
-            let (daemon, text) = rival.start(&self.network, &root, &socket, registry, &node.containerd_socket)?;
+            let (daemon, text) =
+                rival.start(&self.network, place, &root, &socket, registry, &node.containerd_socket)?;
             node.rival = Some(daemon);
             drop_in = Some(text);
         }
@@ -124,6 +127,7 @@ impl Scene {
             let snapshotter = Snapshotter::start(
                 &self.tools,
                 &self.network,
+                place,
                 &cluster,
                 &node.folder.join("drover"),
                 root,
@@ -139,12 +143,13 @@ impl Scene {
         node.containerd = Some(Containerd::start(
             &self.tools,
             &self.network,
+            place,
             &node.folder.join("containerd"),
             &node.containerd_socket,
             &Setup {
                 drop_in: drop_in.as_deref(),
                 plain_registry: plain_registry.as_deref(),
-                control_group: &self.run.control_group(),
+                control_group: &format!("{}/node-{}", self.run.control_group(), self.nodes),
                 cri,
             },
         )?);
@@ -201,6 +206,7 @@ pub struct Node {
     rival: Option<Daemon>,
     folder: PathBuf,
     containerd_socket: PathBuf,
+    host: Host,
 }
 
 impl Node {
@@ -210,6 +216,11 @@ impl Node {
     /// Never: a node without containerd is not given out.
     pub fn containerd(&self) -> &Containerd {
         self.containerd.as_ref().expect("every node has a containerd")
+    }
+
+    /// The host that it is.
+    pub const fn place(&self) -> Place {
+        self.host.place()
     }
 
     /// Its snapshotter.

@@ -12,7 +12,6 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lab::compare::compare;
 use lab::containerd::{Containerd, Setup};
 use lab::image::small;
-use lab::network::Place;
 use lab::process::{self, Daemon, wait_for};
 use lab::sandbox::{Run, run_test};
 use lab::scene::Scene;
@@ -49,7 +48,8 @@ fn ordinary(run: &Run) -> Result<()> {
     let network = &scene.network;
 
     let (root, socket) = (run.folder().join("snapshots"), Path::new("/run/ordinary.sock"));
-    let mut fixture = network.command(Place::Node, FIXTURE);
+    let host = network.add_node(1)?;
+    let mut fixture = network.command(host.place(), FIXTURE);
     fixture.arg("--root").arg(&root).arg("--socket").arg(socket);
     let mut fixture = Daemon::start("snapshots_fixture", &mut fixture, &run.folder().join("fixture.log"))?;
     fixture.wait_until("listens", Duration::from_secs(60), || socket.exists())?;
@@ -60,6 +60,7 @@ fn ordinary(run: &Run) -> Result<()> {
     let containerd = Containerd::start(
         &scene.tools,
         network,
+        host.place(),
         &run.folder().join("containerd"),
         containerd_socket,
         &Setup {

@@ -98,7 +98,8 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
                     Way::Rival(rival) => &subjects[&Some(rival)],
                     Way::Overlayfs | Way::DroverNew | Way::DroverKnown => &subjects[&None],
                 };
-                let (start, node) = measure::start(&mut scene, way, subject, arguments.complete, &|_| {})
+                let node = measure::node(&mut scene, way)?;
+                let start = measure::start(&scene, &node, way, subject, arguments.complete, &|_| {})
                     .with_context(|| format!("run {number}, {speed} Mbit/s, {}", way.label()))?;
                 drop(node);
                 say(&format!(

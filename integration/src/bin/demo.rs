@@ -12,9 +12,9 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use lab::image::demo;
 use lab::measure::{self, Start, Subject, Way};
-use lab::network::{Link, Place};
+use lab::network::Link;
 use lab::sandbox::{self, Run};
-use lab::scene::Scene;
+use lab::scene::{Node, Scene};
 use lab::tools::{Tools, workspace};
 
 /// Starts an image with overlayfs and with Drover and shows what each took.
@@ -70,10 +70,11 @@ fn demonstrate(arguments: &Arguments, run: &Run) -> Result<()> {
     let mut rows = Vec::new();
     for way in Way::ALL {
         say(way.label());
-        let ticker = Ticker::start(&scene, clock);
-        let outcome = measure::start(&mut scene, way, &subject, true, &say);
+        let node = measure::node(&mut scene, way)?;
+        let ticker = Ticker::start(&scene, &node, clock);
+        let outcome = measure::start(&scene, &node, way, &subject, true, &say);
         ticker.stop();
-        let (start, node) = outcome.with_context(|| way.label().to_owned())?;
+        let start = outcome.with_context(|| way.label().to_owned())?;
         say(&format!("first output after {:.2} s: {}", start.first_line.as_secs_f64(), start.line));
         drop(node);
         rows.push((way, start));
@@ -150,9 +151,9 @@ struct Ticker {
 }
 
 impl Ticker {
-    fn start(scene: &Scene, clock: Instant) -> Self {
+    fn start(scene: &Scene, node: &Node, clock: Instant) -> Self {
         let stopped = Arc::new(AtomicBool::new(false));
-        let counter = scene.network.counter(Place::Node, Link::Switch);
+        let counter = scene.network.counter(node.place(), Link::Switch);
         let terminal = std::io::stdout().is_terminal();
         let period = if terminal { Duration::from_millis(250) } else { Duration::from_secs(5) };
         let thread = counter.map(|counter| {

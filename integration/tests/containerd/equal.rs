@@ -9,7 +9,7 @@ use lab::drover::{all_complete, bytes_fetched, ordinary_layers};
 use lab::image::real::Real;
 use lab::image::{Image, demo, small};
 use lab::measure::wait_until_complete;
-use lab::network::{Counter, Link, Place};
+use lab::network::{Counter, Link};
 use lab::sandbox::{Run, run_test};
 use lab::scene::{Node, Scene};
 use lab::tools::{Tools, workspace};
@@ -159,8 +159,8 @@ fn compare_with_overlayfs(run: &Run, scene: &mut Scene, subjects: &[Subject]) ->
     }
     drop(first);
 
-    let counter = scene.network.counter(Place::Node, Link::Switch).context("the network has no counter")?;
     let node = scene.drover_node(NO_FILL)?;
+    let counter = scene.network.counter(node.place(), Link::Switch).context("the network has no counter")?;
     let begin = counter.read()?;
     let mut printed = Vec::new();
     for subject in subjects {
