@@ -1,12 +1,14 @@
 # Drover: what people and CI run. Tests are plain `cargo test`; see README.md for what each target needs.
 #
 #   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
+#   make demo-mesh      the demonstration on several nodes at once (NODES=..., SPEED=..., REGISTRY_SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
 #   make check          format, lints, licences, documentation
 #   make fuzz           every fuzz target for FUZZ_SECONDS
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
+#   make bench-mesh     several nodes start an image at once (NODES="4 8", RUNS=..., SPEED=..., REGISTRY_SPEED=...)
 #   make bench-swarm    a thousand nodes and more, simulated (SEED=..., ONLY="1000, 1 GiB")
 #   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
 #   make nightly        what takes too long for every change
@@ -22,6 +24,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH$(,)HOME$(,)CARGO_HOME$(,)RUSTUP_HOME$(,)GOCACHE$(,)GOMODCACHE)
 
 SPEED ?= 1000
+REGISTRY_SPEED ?= 200
+NODES ?= 8
 FUZZ_SECONDS ?= 30
 RUNS ?= 3
 SPEEDS ?= 200 1000
@@ -31,7 +35,7 @@ DENY := $(TARGET)/tools/cargo-deny/bin/cargo-deny
 
 # Program and the Debian or Ubuntu package that has it.
 NEEDS_BUILD := cc:gcc make:make git:git
-NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 curl:curl tar:tar gzip:gzip zstd:zstd unshare:util-linux nsenter:util-linux \
+NEEDS_TEST := $(NEEDS_BUILD) ip:iproute2 tc:iproute2 bridge:iproute2 curl:curl tar:tar gzip:gzip zstd:zstd unshare:util-linux nsenter:util-linux \
     setpriv:util-linux mkfs.ext4:e2fsprogs fsck.erofs:erofs-utils dpkg-deb:dpkg
 NEEDS_FUZZ := $(NEEDS_BUILD) c++:g++
 NEEDS_DEMO := $(NEEDS_TEST) python3:python3 pip3:python3-pip npm:npm
@@ -62,6 +66,10 @@ demo: setup-demo
 	@echo "building (release)"
 	@$(CARGO) build --quiet --release -p drover-snapshotter -p drover-seeder -p integration --bins
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/demo --speed $(SPEED) $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--cmd $(call quoted,$(CMD)))
+
+.PHONY: demo-mesh
+demo-mesh: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/demo_mesh --nodes $(NODES) --speed $(SPEED) --registry-speed $(REGISTRY_SPEED)
 
 # A text as one word of the shell.
 quoted = '$(subst ','\'',$(1))'
@@ -108,7 +116,7 @@ $(DENY):
 fuzz: setup-fuzz
 	@CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(FUZZ_SECONDS)
 
-.PHONY: bench-single bench-files bench-footprint bench-kernels bench-swarm
+.PHONY: bench-single bench-files bench-footprint bench-kernels bench-swarm bench-mesh
 # The cores of many nodes on a modelled network. Without ONLY it takes hours, and the largest needs gigabytes of memory.
 bench-swarm:
 	@SEED=$(SEED) $(CARGO) bench --quiet -p swarm --bench mesh -- $(if $(ONLY),$(call quoted,$(ONLY)))
@@ -125,6 +133,10 @@ bench-programs: setup-demo
 bench-single: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench --runs $(RUNS) $(foreach speed,$(SPEEDS),--speed $(speed)) \
 	    $(if $(IMAGE),--image $(IMAGE)) $(if $(RIVALS),--rivals) $(if $(COMPLETE),--complete)
+
+bench-mesh: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench_mesh --runs $(RUNS) $(foreach nodes,$(NODES),--nodes $(nodes)) \
+	    --speed $(SPEED) --registry-speed $(REGISTRY_SPEED)
 
 bench-files: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/files --runs $(RUNS)

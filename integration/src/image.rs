@@ -2,6 +2,7 @@
 
 pub mod demo;
 pub mod layer;
+pub mod noise;
 pub mod real;
 mod rootfs;
 pub mod small;

@@ -6,7 +6,8 @@
 //! - [`network`]: registry, seeder and nodes as hosts on a switch, with link speeds and byte counters.
 //! - [`image`]: building and pushing images. [`registry`], [`containerd`], [`drover`]: the programs themselves. [`client`]:
 //!   the programs that people pull and run images with.
-//! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start.
+//! - [`scene`]: one registry, one seeder and nodes put together. [`measure`]: one timed container start. [`crowd`]: many at the
+//!   same moment.
 //! - [`rivals`]: other lazy snapshotters, for the benchmarks. [`report`]: tables of medians.
 //! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
 //! - [`disk`]: a small disk that can be filled.
@@ -14,6 +15,7 @@
 pub mod client;
 pub mod compare;
 pub mod containerd;
+pub mod crowd;
 pub mod disk;
 pub mod drover;
 pub mod image;
