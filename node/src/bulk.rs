@@ -178,7 +178,7 @@ impl Body {
             frames.push(&bytes);
             while let Some((chunk, frame)) = frames.next_frame().map_err(Fault::wrong)? {
                 decoder.decode(frame, geometry.chunk_len(chunk), &mut plain).map_err(Fault::wrong)?;
-                sink.chunk(chunk, &plain, frame.wire_len()).map_err(Fault::wrong)?;
+                sink.frame(chunk, &plain, frame).map_err(Fault::wrong)?;
             }
         }
         frames.finish().map_err(Fault::wrong)

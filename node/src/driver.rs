@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use layer::ChunkIndex;
+use layer::wire::Frame;
 use parking_lot::{Condvar, Mutex};
 use swarm::{Action, FetchId, LayerKey, Outcome, Priority, Reason, SourceId, Swarm, Verdict};
 use tokio::sync::Notify;
@@ -366,6 +367,12 @@ impl ChunkSink for Sink {
         };
         self.inbox.push(Event::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });
         if verdict == Verdict::Wrong { Err(WrongChunk(chunk)) } else { Ok(()) }
+    }
+
+    fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
+        self.chunk(chunk, plain, frame.wire_len())?;
+        self.layer.store().keep(chunk, frame);
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Keeps the devices within their room: takes what was used longest ago off the disk.
 //!
-//! Layers that are not mounted go first. Of a mounted layer nothing goes unless a seeder or a registry has lately given a
+//! Wire forms go before all else. Layers that are not mounted go first. Of a mounted layer nothing goes unless a seeder or a registry has lately given a
 //! right chunk of it, if need be because it was asked for one just to see.
 
 use std::collections::BTreeMap;
@@ -60,7 +60,7 @@ impl Evictor {
         let mut pause = Duration::ZERO;
         while self.room.wait(pause) {
             self.room.look();
-            let is_enough = self.free_owed() & self.make_room(self.room.excess());
+            let is_enough = self.free_owed() & self.drop_spare() & self.make_room(self.room.excess());
             pause = if is_enough { Duration::ZERO } else { STUCK_PAUSE };
             self.tell(is_enough);
             // The background may go on, or has to end.
@@ -75,6 +75,30 @@ impl Evictor {
             let owed = layer.store().owed();
             owed.is_empty() || layer.store().evict(&owed).is_ok()
         })
+    }
+
+    /// Drops wire forms while they are in the way, a layer's at a time, those used longest ago first; gives whether they are not
+    /// any more.
+    fn drop_spare(&self) -> bool {
+        let need = self.room.spare_excess();
+        if need == 0 {
+            return true;
+        }
+        let mut layers: Vec<_> = self.layers.lock().values().cloned().collect();
+        layers.retain(|layer| layer.store().wire().disk_bytes() > 0);
+        layers.sort_by_key(|layer| layer.store().wire().used());
+        let mut freed = 0;
+        for layer in layers {
+            if freed >= need {
+                break;
+            }
+            freed += layer.store().wire().clear();
+        }
+        if freed > 0 {
+            self.room.note_success();
+            tracing::debug!(bytes = freed, "dropped wire forms");
+        }
+        self.room.spare_excess() == 0
     }
 
     /// Frees `need` bytes; gives whether that could be done.

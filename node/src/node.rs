@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use layer::index::Section;
+use layer::wire::Frame;
 use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use swarm::{LayerKey, Swarm};
@@ -31,6 +32,9 @@ pub struct NodeConfig {
     pub cache: CacheConfig,
     /// How long a read waits for a chunk before it fails.
     pub read_deadline: Duration,
+    /// Whether chunks are also kept in the form in which they came, to be given to other nodes ([`crate::mesh::Sharing`]), as
+    /// long as `cache` has room to spare.
+    pub share: bool,
     /// Whether layers that are filling ([`Layer::set_filling`]) are fetched whole in the background.
     pub fill: bool,
     /// Most plain bytes per second that the background fetches; 0: no limit.
@@ -51,6 +55,7 @@ impl NodeConfig {
             root: root.into(),
             cache: CacheConfig::default(),
             read_deadline: Duration::from_secs(30),
+            share: false,
             fill: true,
             fill_rate: 0,
             readahead: 2 << 20,
@@ -88,7 +93,7 @@ pub struct Incoming {
 /// What devices take on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskUse {
-    /// Bytes of all devices, arriving ones included.
+    /// Bytes of all devices, arriving ones included, and of the chunks that are kept in their wire form besides.
     pub taken: u64,
     /// Most that they may take now; `u64::MAX` without a limit.
     pub limit: u64,
@@ -129,10 +134,14 @@ impl Node {
             );
         }
         let read_options = ReadOptions { waiting_max: config.waiting_reads_max, readahead_bytes_max: config.readahead };
+        store.room().set_keeps_spare(config.share);
         let inbox = Arc::new(Inbox::default());
         let counters = Arc::new(Counters::default());
         let layers: Layers = Arc::default();
         for store in found.layers {
+            if !config.share {
+                store.wire().clear();
+            }
             let layer = Layer::new(store, read_options, counters.clone(), inbox.clone());
             // Until its owner says otherwise: a snapshot may stand on it.
             layer.set_mounted(true);
@@ -345,6 +354,13 @@ impl Incoming {
         if self.unsynced.fetch_add(plain.len() as u64, Ordering::Relaxed) > 16 << 20 {
             self.inbox.needs_flush(NO_LAYER);
         }
+        Ok(())
+    }
+
+    /// The same for a chunk that came in its wire form, of which `plain` was made.
+    pub(crate) fn write_frame(&self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> io::Result<()> {
+        self.write(chunk, plain)?;
+        self.store.keep(chunk, frame);
         Ok(())
     }
 

@@ -344,7 +344,7 @@ fn write_frames(mut frames: mpsc::Receiver<ReceivedFrame>, incoming: &Incoming, 
             tracing::debug!(chunk = %received.chunk, "a followed chunk cannot be decoded");
             continue;
         }
-        if let Err(error) = incoming.write(received.chunk, &plain) {
+        if let Err(error) = incoming.write_frame(received.chunk, &plain, frame) {
             tracing::warn!(chunk = %received.chunk, %error, "a followed chunk cannot be stored");
             return;
         }

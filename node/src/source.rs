@@ -8,6 +8,7 @@ use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
 
+use layer::wire::Frame;
 use layer::{ChunkIndex, Digest};
 
 use crate::mesh::Member;
@@ -73,6 +74,11 @@ pub trait ChunkSink: Send {
     /// Takes the plain, unverified bytes of `chunk`. `wire_bytes` says how many bytes of the network brought it, for counters.
     /// An error ends the fetch with [`SourceError::Corrupt`].
     fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], wire_bytes: usize) -> Result<(), WrongChunk>;
+
+    /// The same for a chunk that came in its wire form, of which `plain` was made.
+    fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
+        self.chunk(chunk, plain, frame.wire_len())
+    }
 }
 
 /// The bytes that came are not the chunk.

@@ -1,7 +1,7 @@
 //! What a node gives to others of its layers, and to whom when (`docs/wire.md`, "Bulk").
 //!
-//! Nothing leaves that was not checked: a frame as it came is compared with its own hash, and bytes of the device are given
-//! only where their digest is known to hold.
+//! Nothing leaves that was not checked: a frame as it came is compared with the check that it was kept with, and bytes of the
+//! device are given only where their digest is known to hold.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,7 +15,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use layer::index::Section;
-use layer::wire::Frame;
+use layer::wire::{Frame, PREFIX_LEN};
 use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use swarm::{Admission, PeerId, UploadConfig, Uploads};
@@ -172,19 +172,27 @@ fn given(layer: Arc<Layer>, run: Range<u32>, slot: Slot) -> ByteStream {
 
 /// The frames of the first chunks of `run`, and where to go on.
 fn read_batch(layer: &Layer, run: Range<u32>) -> io::Result<(Vec<Bytes>, u32)> {
-    let (mut parts, mut len) = (Vec::new(), 0);
+    let (mut parts, mut frames, mut len) = (Vec::new(), Vec::new(), 0);
     let mut next = run.start;
     while next < run.end && len < BATCH_LEN {
-        let mut plain = Vec::new();
-        if !layer.read_chunk(ChunkIndex(next), &mut plain) {
-            return Err(io::Error::other(format!("chunk {next} is not here any more")));
+        let (chunk, before) = (ChunkIndex(next), frames.len());
+        if layer.store().read_frame(chunk, &mut frames) {
+            len += frames.len() - before;
+        } else {
+            let mut plain = Vec::new();
+            if !layer.read_chunk(chunk, &mut plain) {
+                return Err(io::Error::other(format!("chunk {next} is not here any more")));
+            }
+            frames.extend_from_slice(&Frame::Plain(&plain).prefix());
+            len += PREFIX_LEN + plain.len();
+            parts.extend([Bytes::from(std::mem::take(&mut frames)), Bytes::from(plain)]);
         }
-        let prefix = Frame::Plain(&plain).prefix();
-        len += prefix.len() + plain.len();
-        layer.own_counters().given(1, prefix.len() + plain.len());
-        parts.extend([Bytes::copy_from_slice(&prefix), Bytes::from(plain)]);
         next += 1;
     }
+    if !frames.is_empty() {
+        parts.push(Bytes::from(frames));
+    }
+    layer.own_counters().given(u64::from(next - run.start), len);
     Ok((parts, next))
 }
 

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::layer::chunk::CHUNK_LOG2_RANGE;
+use ::layer::wire::Frame;
 use ::layer::{ChunkDigest, ChunkIndex};
 use parking_lot::Mutex;
 
 use super::backend::{File, is_full};
+use super::wire::WireStore;
 use super::{Site, StoreError, layer::DEVICE};
 
 /// Chunks and their digests. Nothing is believed of them: only those that turn out to be in the index are used.
@@ -19,6 +21,7 @@ pub(crate) struct IncomingStore {
     site: Arc<Site>,
     directory: PathBuf,
     device: Arc<dyn File>,
+    wire: Arc<WireStore>,
     chunk_log2: u8,
     chunks: Mutex<BTreeMap<u32, Arrived>>,
     /// What is taken of the room for the device.
@@ -49,8 +52,9 @@ impl IncomingStore {
             return Err(StoreError::Io { action: "cut", path, source });
         }
         let device = site.backend.open(&path, true).map_err(StoreError::io("create", &path))?;
+        let wire = WireStore::open(site.clone(), directory, chunk_log2);
         let (chunks, charged) = (Mutex::default(), AtomicU64::new(0));
-        Ok(Self { site, directory: directory.to_owned(), device, chunk_log2, chunks, charged })
+        Ok(Self { site, directory: directory.to_owned(), device, wire, chunk_log2, chunks, charged })
     }
 
     /// Writes a chunk. All but the last chunk of a device have the full size; which is the last shows only later.
@@ -90,6 +94,14 @@ impl IncomingStore {
         Ok(())
     }
 
+    /// Keeps the wire form of a chunk that was written, where there is room to spare.
+    pub(crate) fn keep(&self, chunk: ChunkIndex, frame: Frame<'_>) {
+        let arrived = self.chunks.lock().get(&chunk.0).copied();
+        if let Some(arrived) = arrived {
+            self.wire.keep(chunk, &arrived.digest, frame);
+        }
+    }
+
     /// The device is charged to somebody else from here on, or gone.
     pub(super) fn hand_over(&self) {
         self.site.room.give_back(self.charged.swap(0, Ordering::Relaxed));
@@ -106,6 +118,10 @@ impl IncomingStore {
 
     pub(super) fn device(&self) -> &Arc<dyn File> {
         &self.device
+    }
+
+    pub(super) fn wire(&self) -> &Arc<WireStore> {
+        &self.wire
     }
 
     pub(super) fn chunk_log2(&self) -> u8 {

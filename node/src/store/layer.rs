@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
 use ::layer::index::{ChunkDigests, HEADER_LEN, Header, Section, check_section};
+use ::layer::wire::Frame;
 use ::layer::{ChunkIndex, Digest, Geometry};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
@@ -20,6 +21,7 @@ use self::evict::{Uses, read_pins, unit_of, units};
 use super::backend::{File, read_file, replace_file, write_file};
 use super::have::{BITS_OFFSET, Bitmap, Have, NewerVersion};
 use super::room::{MemoryPlace, Room};
+use super::wire::WireStore;
 use super::{IncomingStore, LayerParts, SMALL_FILE_MAX, Site, StoreError};
 
 pub(super) const DEVICE: &str = "device";
@@ -45,6 +47,7 @@ pub(crate) struct LayerStore {
     signature: Vec<u8>,
     digests: ChunkDigests,
     device: Arc<dyn File>,
+    wire: Arc<WireStore>,
     have: Arc<dyn File>,
     /// Chunks that may be read from the device.
     here: Bitmap,
@@ -202,9 +205,14 @@ impl LayerStore {
         device.set_len(geometry.device_size()).map_err(StoreError::io("size", &device_path))?;
         backend.sync_directory(directory).map_err(StoreError::io("sync", directory))?;
 
+        let kept = incoming.map(IncomingStore::wire).filter(|wire| wire.chunk_log2() == geometry.chunk_log2());
+        let wire = match kept {
+            Some(wire) => wire.clone(),
+            None => WireStore::open(site.clone(), directory, geometry.chunk_log2()),
+        };
         let pins = BTreeSet::new();
         let signature = parts.signature.clone();
-        let store = Self::assemble(site, directory, number, header, signature, digests, device, have, none, pins);
+        let store = Self::assemble(site, directory, number, header, signature, digests, device, wire, have, none, pins);
         if let Some(incoming) = incoming {
             incoming.hand_over();
             store.settle();
@@ -267,8 +275,10 @@ impl LayerStore {
             Err(error) => Some(error.to_string()),
         };
         let is_clean = state.clean;
+        let wire = WireStore::open(site.clone(), directory, geometry.chunk_log2());
         let pins = read_pins(backend, directory, &site.boot_id);
-        let store = Self::assemble(site, directory, number, header, signature, digests, device, have, state, pins);
+        let store =
+            Self::assemble(site, directory, number, header, signature, digests, device, wire, have, state, pins);
         store.is_quarantined.store(quarantined.is_some(), Ordering::Release);
         *store.quarantined.lock() = quarantined;
         if store.is_pinned() {
@@ -287,6 +297,7 @@ impl LayerStore {
         signature: Vec<u8>,
         digests: ChunkDigests,
         device: Arc<dyn File>,
+        wire: Arc<WireStore>,
         have: Arc<dyn File>,
         state: Have,
         pins: BTreeSet<String>,
@@ -307,6 +318,7 @@ impl LayerStore {
             signature,
             digests,
             device,
+            wire,
             have,
             here,
             suspect,
@@ -328,6 +340,7 @@ impl LayerStore {
     }
 
     pub(super) fn moved_to(&mut self, directory: &Path) {
+        self.wire.moved_to(directory);
         self.directory = directory.to_owned();
     }
 
@@ -349,6 +362,25 @@ impl LayerStore {
 
     pub(crate) fn room(&self) -> &Arc<Room> {
         &self.site.room
+    }
+
+    /// The wire forms of chunks.
+    pub(crate) fn wire(&self) -> &WireStore {
+        &self.wire
+    }
+
+    /// Keeps the wire form of a chunk that is here, where there is room to spare.
+    pub(crate) fn keep(&self, chunk: ChunkIndex, frame: Frame<'_>) {
+        if self.here.get(chunk.0)
+            && let Some(digest) = self.digests.get(chunk)
+        {
+            self.wire.keep(chunk, &digest, frame);
+        }
+    }
+
+    /// Appends the wire form of a chunk as it came, where it was kept.
+    pub(crate) fn read_frame(&self, chunk: ChunkIndex, out: &mut Vec<u8>) -> bool {
+        self.digests.get(chunk).is_some_and(|digest| self.wire.read(chunk, &digest, out))
     }
 
     pub(crate) fn faults(&self) -> &Faults {
@@ -525,6 +557,7 @@ impl LayerStore {
     pub(crate) fn flush(&self) -> Result<(), StoreError> {
         let flushed = self.flush_locked(&mut self.on_disk.lock());
         self.settle();
+        self.wire.settle();
         flushed
     }
 
@@ -593,6 +626,7 @@ impl LayerStore {
         replace_file(&*self.site.backend, &self.directory, QUARANTINED, reason.as_bytes())
             .map_err(StoreError::io("write", &self.directory.join(QUARANTINED)))?;
         self.geometry().chunks().for_each(|chunk| self.drop_chunk(chunk));
+        self.wire.clear();
         self.flush()?;
         self.evict(&(0..units(self.geometry().chunk_count())).collect::<Vec<_>>()).map(drop)
     }

@@ -9,6 +9,7 @@
 //!     header, signature             the index header, and who vouches for it
 //!     entries, chunk_digests, spans sections of the index; spans may be missing
 //!     device                        the chunks that are here, sparse
+//!     wire                          wire forms of some of them, sparse
 //!     have                          which those are
 //!     quarantined                   why the layer must not be used, if so
 //!     pinned                        who reads the device from disk, so that all of it must stay
@@ -29,6 +30,7 @@ pub(crate) mod memory;
 mod room;
 #[cfg(test)]
 pub(crate) mod tests;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::fmt;

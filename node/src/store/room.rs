@@ -4,6 +4,9 @@
 //! limit is the configured size or what the file system has left above its floor, whichever is less. Below the limit lie
 //! two lower marks, both told by shares of the limit: where eviction begins (and down to where it goes), and where
 //! background work ends. The second is lower, so what eviction freed is not filled again.
+//!
+//! Wire forms are *spare*: they are kept only while there is plenty of room, go before all else, and to the background they
+//! are as good as free.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -44,6 +47,10 @@ pub(crate) struct Room {
     keep_free: u64,
     limit: AtomicU64,
     taken: AtomicU64,
+    /// What of it is spare.
+    spare: AtomicU64,
+    /// Whether anything spare is kept at all.
+    keeps_spare: AtomicBool,
     /// A write found the disk full; none is tried again before the file system says that there is space.
     is_full: AtomicBool,
     /// Bytes of devices that are read from disk, so that all of them must stay.
@@ -81,6 +88,8 @@ impl Room {
             keep_free: config.keep_free.of(space.total),
             limit: AtomicU64::new(u64::MAX),
             taken: AtomicU64::new(0),
+            spare: AtomicU64::new(0),
+            keeps_spare: AtomicBool::new(false),
             is_full: AtomicBool::new(false),
             pinned: AtomicU64::new(0),
             in_memory: AtomicU64::new(0),
@@ -137,7 +146,8 @@ impl Room {
         let taken = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |taken| {
             taken.checked_add(bytes).filter(|taken| *taken <= limit)
         });
-        if taken.map_or(true, |taken| taken + bytes > limit - self.reserve() / 2) {
+        let is_short = |taken: u64| taken + bytes > limit - self.reserve() / 2;
+        if taken.map_or(true, |taken| is_short(taken) || self.spare_excess() > 0) {
             self.ask();
         }
         taken.is_ok()
@@ -159,6 +169,55 @@ impl Room {
     /// Takes room for what is on the disk already.
     pub(crate) fn take_anyway(&self, bytes: u64) {
         self.taken.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether wire forms are kept.
+    pub(crate) fn set_keeps_spare(&self, keeps: bool) {
+        self.keeps_spare.store(keeps, Ordering::Relaxed);
+    }
+
+    /// Takes room for what may go at any time; `false`: there is not plenty.
+    pub(crate) fn take_spare(&self, bytes: u64) -> bool {
+        let keeps = self.keeps_spare.load(Ordering::Relaxed) && !self.is_disk_full();
+        let most = self.limit().saturating_sub(3 * self.reserve());
+        let takes = keeps && self.taken().saturating_add(bytes) <= most && self.take(bytes);
+        if takes {
+            self.spare.fetch_add(bytes, Ordering::Relaxed);
+        }
+        takes
+    }
+
+    /// Gives spare room back.
+    pub(crate) fn give_back_spare(&self, bytes: u64) {
+        self.give_back(bytes);
+        let _ =
+            self.spare.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |spare| Some(spare.saturating_sub(bytes)));
+    }
+
+    /// [`Room::settle`] for spare room.
+    pub(crate) fn settle_spare(&self, charged: &AtomicU64, real: u64) {
+        let before = charged.load(Ordering::Relaxed);
+        if real >= before {
+            self.spare.fetch_add(real - before, Ordering::Relaxed);
+        } else {
+            let less = before - real;
+            let _ =
+                self.spare.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |spare| Some(spare.saturating_sub(less)));
+        }
+        self.settle(charged, real);
+    }
+
+    /// Bytes that may go at any time.
+    pub(crate) fn spare(&self) -> u64 {
+        self.spare.load(Ordering::Relaxed)
+    }
+
+    /// Spare bytes to free now: other things need the room.
+    pub(crate) fn spare_excess(&self) -> u64 {
+        let (limit, taken, reserve) = (self.limit(), self.taken(), self.reserve());
+        let excess =
+            if taken > limit.saturating_sub(2 * reserve) { taken - limit.saturating_sub(3 * reserve) } else { 0 };
+        if self.is_disk_full() { self.spare() } else { excess.min(self.spare()) }
     }
 
     /// Gives room back.
@@ -242,7 +301,8 @@ impl Room {
         if self.is_disk_full() {
             return 0;
         }
-        self.limit().saturating_sub(2 * self.reserve()).saturating_sub(self.taken())
+        let taken = self.taken().saturating_sub(self.spare());
+        self.limit().saturating_sub(2 * self.reserve()).saturating_sub(taken)
     }
 
     /// Bytes to free now.
