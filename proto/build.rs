@@ -15,6 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "drover/enrol.proto",
             "drover/mesh.proto",
             "drover/node.proto",
+            "drover/seeder.proto",
         ],
         ["proto"],
     )?;

@@ -1,5 +1,5 @@
 //! gRPC schemas and their generated code: containerd's Snapshots service (served and called), those of containerd's other
-//! services that are called, the cluster's control, mesh and enrolment services (both) and the node's status service (both).
+//! services that are called, the cluster's control, mesh and enrolment services (both) and the status services of node and seeder (both).
 
 #![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
 #![allow(unreachable_pub, clippy::all, reason = "generated")]
@@ -66,6 +66,11 @@ pub mod drover {
     pub mod node {
         pub mod v1 {
             tonic::include_proto!("drover.node.v1");
+        }
+    }
+    pub mod seeder {
+        pub mod v1 {
+            tonic::include_proto!("drover.seeder.v1");
         }
     }
 }

@@ -39,7 +39,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let tracker = Tracker::start(ingester.clone(), stop.clone());
     let gate = Gate::new(ingester.clone(), tracker.clone(), config.limits.upload());
-    let router = serve::router(Arc::new(gate), config.limits.transfers());
+    let router = serve::router(Arc::new(gate.clone()), config.limits.transfers());
     let router = control::route(router, ingester.clone());
     let router = tracker::route(router, tracker);
     let mut listener = Listener::bind(&config.listen, &security, config.limits.listener())
@@ -54,6 +54,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let served = tokio::spawn(listener.serve(router.clone(), stop.clone()));
     let (socket, stop_local) = (config.socket(), stop.clone());
+    let router = tracker::status::route(router, gate);
     let local = tokio::spawn(async move {
         if let Err(error) = serve::listener::serve_local(&socket, router, stop_local).await {
             tracing::warn!(%error, "commands on this machine cannot reach this seeder: no local socket");

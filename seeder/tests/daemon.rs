@@ -1,6 +1,6 @@
 //! The program itself: daemon, commands beside it, and its death at a bad moment.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -69,6 +69,15 @@ impl Scene {
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
     }
 
+    /// The daemon's answer on its local socket, head and body.
+    fn get(&self, path: &str) -> Vec<u8> {
+        let mut socket = std::os::unix::net::UnixStream::connect(self.store().join("control.sock")).unwrap();
+        write!(socket, "GET {path} HTTP/1.1\r\nHost: seeder\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).unwrap();
+        answer
+    }
+
     fn status(&self) -> String {
         let output = program().args(["status", "--config"]).arg(&self.config).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
@@ -124,7 +133,12 @@ async fn ingests_through_the_daemon_or_alone_and_stops_in_order() {
     let output = scene.ingest().await;
     assert!(output.status.success(), "{}", text(&output));
     assert!(text(&output).contains(&format!("{}  known", scene.blob.digest)), "{}", text(&output));
-    assert!(scene.status().contains(&scene.blob.digest.to_string()));
+    let status = scene.status();
+    assert!(status.contains(&scene.blob.digest.to_string()) && status.contains("0 nodes in the mesh"), "{status}");
+    let sent = scene.get(&format!("/v1/layers/{}/follow", scene.blob.digest));
+    assert!(sent.len() > 6 << 20, "{}", sent.len());
+    let status = scene.status();
+    assert!(status.contains("nodes 0  sent 6.") && status.contains("(1.0"), "{status}");
 
     let pid = i32::try_from(daemon.0.id()).unwrap();
     assert!(Command::new("kill").args(["-TERM", &pid.to_string()]).status().unwrap().success());
@@ -135,6 +149,7 @@ async fn ingests_through_the_daemon_or_alone_and_stops_in_order() {
     })
     .await;
     assert!(ended.unwrap().success());
+    assert!(scene.status().contains("no daemon"), "{}", scene.status());
     let alone = scene.ingest().await;
     assert!(alone.status.success(), "{}", text(&alone));
     assert_eq!(scene.registry.requests().bodies, 1, "a known layer needs no registry");

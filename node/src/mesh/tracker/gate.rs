@@ -1,10 +1,9 @@
 //! The seeder's layers, given as the tracker says and no faster than the seeder may send.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +11,7 @@ use futures_util::{StreamExt, stream};
 use layer::Digest;
 use layer::index::Section;
 use parking_lot::Mutex;
+use proto::drover::seeder::v1::{Layer, StatusResponse};
 use swarm::{LayerKey, PeerId, Rate};
 use tokio::time::Instant;
 
@@ -31,7 +31,7 @@ const DEBT_MAX: Duration = Duration::from_secs(1);
 const FOLLOW_RETRY: Duration = Duration::from_secs(2);
 
 /// Serves the layers of an ingester: members of a layer's mesh get what the tracker says, all others everything.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Gate {
     ingester: Ingester,
     tracker: Tracker,
@@ -45,20 +45,30 @@ pub struct Gate {
 struct Upload {
     rate: Mutex<Rate>,
     epoch: Instant,
-    sent_bytes: AtomicU64,
+    /// By blob.
+    sent_bytes: Mutex<BTreeMap<Digest, u64>>,
 }
 
 impl Gate {
     /// Gives at most `bytes_per_sec` of chunks; 0 is no limit.
     pub fn new(ingester: Ingester, tracker: Tracker, bytes_per_sec: u64) -> Self {
         let rate = Mutex::new(Rate::new(bytes_per_sec));
-        let upload = Arc::new(Upload { rate, epoch: Instant::now(), sent_bytes: AtomicU64::new(0) });
+        let upload = Arc::new(Upload { rate, epoch: Instant::now(), sent_bytes: Mutex::default() });
         Self { ingester, tracker, upload, followed: Arc::default() }
     }
 
-    /// Bytes of frames that were handed to connections since the start.
-    pub fn sent_bytes(&self) -> u64 {
-        self.upload.sent_bytes.load(Ordering::Relaxed)
+    /// Who is in the mesh, and what was given.
+    pub fn status(&self) -> StatusResponse {
+        let mut layers: BTreeMap<Digest, Layer> = BTreeMap::new();
+        let of = |blob: &Digest| Layer { blob: blob.to_string(), ..Layer::default() };
+        for (blob, members) in self.tracker.members() {
+            layers.entry(blob).or_insert_with(|| of(&blob)).members = u32::try_from(members).unwrap_or(u32::MAX);
+        }
+        for (blob, sent_bytes) in self.upload.sent_bytes.lock().iter() {
+            layers.entry(*blob).or_insert_with(|| of(blob)).sent_bytes = *sent_bytes;
+        }
+        let nodes = u32::try_from(self.tracker.lines()).unwrap_or(u32::MAX);
+        StatusResponse { nodes, layers: layers.into_values().collect() }
     }
 
     async fn give(&self, blob: Digest, run: Range<u32>, asker: Asker) -> Result<Frames, ServeError> {
@@ -83,7 +93,7 @@ impl Gate {
             // Evicted or damaged since its members joined: they resolve it anew.
             self.tracker.with(|book, now| book.forget(now, blob));
         }
-        Ok(self.upload.carry(given?, grant, |grant| grant.is_whole = true))
+        Ok(self.upload.carry(blob, given?, grant, |grant| grant.is_whole = true))
     }
 
     /// N nodes that want an image that nobody knows must not cost N copies: one of them gets its chunks as they come, the
@@ -98,7 +108,7 @@ impl Gate {
             follower = Some(Follower::of(&self.followed, blob).ok_or_else(turned)?);
         }
         let frames = self.ingester.follow(blob, asker).await?;
-        Ok(self.upload.carry(frames, follower, |_| {}))
+        Ok(self.upload.carry(blob, frames, follower, |_| {}))
     }
 }
 
@@ -171,14 +181,14 @@ impl Upload {
     }
 
     /// Waits until `bytes` may go; who comes first goes first.
-    async fn pass(&self, bytes: u64) {
+    async fn pass(&self, blob: Digest, bytes: u64) {
         let ready_at = {
             let mut rate = self.rate.lock();
             let ready_at = rate.ready_at();
             rate.take(self.epoch.elapsed(), bytes);
             ready_at
         };
-        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        *self.sent_bytes.lock().entry(blob).or_default() += bytes;
         if ready_at > self.epoch.elapsed() {
             tokio::time::sleep_until(self.epoch + ready_at).await;
         }
@@ -188,6 +198,7 @@ impl Upload {
     /// body, however it ends.
     fn carry<H: Send + 'static>(
         self: &Arc<Self>,
+        blob: Digest,
         frames: Frames,
         held: Option<H>,
         on_whole: impl Fn(&mut H) + Send + Sync + 'static,
@@ -210,7 +221,7 @@ impl Upload {
                 }
                 let len = carried.piece.len().min(PIECE_LEN);
                 let piece = carried.piece.split_to(len);
-                upload.pass(len as u64).await;
+                upload.pass(blob, len as u64).await;
                 // A body whose length was told is not asked for its end.
                 carried.left = carried.left.map(|left| left.saturating_sub(len as u64));
                 if carried.left == Some(0) {
