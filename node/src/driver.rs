@@ -12,12 +12,14 @@ use layer::ChunkIndex;
 use layer::wire::Frame;
 use parking_lot::{Condvar, Mutex};
 use swarm::{Action, FetchId, LayerKey, Outcome, Priority, Reason, SourceId, Swarm, Verdict};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
 use crate::fill::Fill;
 use crate::layer::Layer;
+use crate::mesh::Member;
+use crate::mesh::membership::{Event, Membership};
 use crate::source::{ChunkSink, SourceError, SourceKind, WrongChunk};
 
 /// What readers, transfers and the store leave for the driver and the [chores](crate::chores).
@@ -35,15 +37,26 @@ pub(crate) struct Inbox {
 #[derive(Debug, Default)]
 struct Notes {
     touched: BTreeSet<LayerKey>,
-    events: Vec<Event>,
+    events: Vec<Note>,
 }
 
 #[derive(Debug)]
-enum Event {
+enum Note {
     Chunk { layer: LayerKey, fetch: FetchId, chunk: u32, verdict: Verdict },
     Here { layer: LayerKey, chunk: u32 },
-    End { fetch: FetchId, outcome: Outcome },
+    End { fetch: FetchId, outcome: Outcome, named: Option<Named> },
 }
+
+/// Members of the mesh who have a chunk, as one said who gave nothing itself.
+#[derive(Debug)]
+struct Named {
+    layer: LayerKey,
+    chunk: u32,
+    members: Vec<Member>,
+}
+
+/// Most that is taken from the lines of the mesh before all that follows is done.
+const EVENTS_AT_ONCE: usize = 64;
 
 /// The layers that the node has, by number.
 pub(crate) type Layers = Arc<Mutex<BTreeMap<LayerKey, Arc<Layer>>>>;
@@ -57,7 +70,7 @@ impl Inbox {
 
     /// A chunk came in another way than by a fetch.
     pub(crate) fn here(&self, layer: LayerKey, chunk: u32) {
-        self.push(Event::Here { layer, chunk });
+        self.push(Note::Here { layer, chunk });
     }
 
     /// The number of a source.
@@ -109,7 +122,7 @@ impl Inbox {
         self.wake.notify_one();
     }
 
-    fn push(&self, event: Event) {
+    fn push(&self, event: Note) {
         self.notes.lock().events.push(event);
         self.wake.notify_one();
     }
@@ -130,6 +143,9 @@ pub(crate) struct Driver {
     /// What the swarm was told about each layer's sources.
     pub(crate) known: BTreeMap<LayerKey, BTreeMap<SourceId, Known>>,
     pub(crate) running: BTreeMap<FetchId, Running>,
+    /// What the lines of the mesh tell.
+    pub(crate) events: mpsc::Receiver<Event>,
+    pub(crate) mesh: Option<Box<Membership>>,
 }
 
 /// A source as the swarm knows it.
@@ -173,10 +189,32 @@ impl Driver {
             tokio::select! {
                 () = self.inbox.wake.notified() => {}
                 () = timeout => {}
+                Some(event) = self.events.recv() => self.hear(event),
             }
         }
         for (_, fetch) in std::mem::take(&mut self.running) {
             fetch.task.abort();
+        }
+    }
+
+    /// Takes what the lines told so far.
+    fn hear(&mut self, first: Event) {
+        let now = self.epoch.elapsed();
+        let mut next = Some(first);
+        let mut taken = 0;
+        while let Some(event) = next {
+            match (event, &mut self.mesh) {
+                (Event::Start(membership), _) => self.mesh = Some(membership),
+                (event, Some(mesh)) => {
+                    if mesh.on_event(now, &mut self.swarm, &self.inbox, event) {
+                        let layers: Vec<LayerKey> = self.layers.lock().keys().copied().collect();
+                        self.inbox.notes.lock().touched.extend(layers);
+                    }
+                }
+                (_, None) => {}
+            }
+            taken += 1;
+            next = if taken < EVENTS_AT_ONCE { self.events.try_recv().ok() } else { None };
         }
     }
 
@@ -186,17 +224,20 @@ impl Driver {
         let Notes { touched, events } = std::mem::take(&mut *self.inbox.notes.lock());
         for event in events {
             match event {
-                Event::Chunk { layer, fetch, chunk, verdict } => {
+                Note::Chunk { layer, fetch, chunk, verdict } => {
                     self.swarm.on_chunk(now, fetch, chunk, verdict);
                     self.want_again(now, layer, chunk);
                 }
-                Event::Here { layer, chunk } => {
+                Note::Here { layer, chunk } => {
                     self.swarm.on_here(layer, chunk);
                     self.want_again(now, layer, chunk);
                 }
-                Event::End { fetch, outcome } => {
+                Note::End { fetch, outcome, named } => {
                     if let Some(ended) = self.running.remove(&fetch) {
                         self.ask_units(ended.layer, ended.source);
+                    }
+                    if let (Some(mesh), Some(Named { layer, chunk, members })) = (&mut self.mesh, named) {
+                        mesh.on_named(now, &mut self.swarm, &self.inbox, layer, chunk, &members);
                     }
                     self.swarm.on_end(now, fetch, outcome);
                 }
@@ -208,6 +249,9 @@ impl Driver {
                 Some(layer) => self.look_at(now, &layer),
                 None => {
                     self.known.remove(&key);
+                    if let Some(mesh) = &mut self.mesh {
+                        mesh.forget(key);
+                    }
                     self.swarm.remove_layer(key);
                     self.fill.remove(key);
                 }
@@ -215,10 +259,18 @@ impl Driver {
         }
         self.swarm.handle_timeout(now);
         let fill_at = self.fill.step(now, &mut self.swarm);
-        while let Some(action) = self.swarm.poll_action(now) {
-            self.act(action);
+        loop {
+            while let Some(action) = self.swarm.poll_action(now) {
+                self.act(action);
+            }
+            // Who is told something may be broken off with, which is something to do again.
+            let told = self.mesh.as_mut().is_some_and(|mesh| mesh.tell(&mut self.swarm));
+            if !told {
+                break;
+            }
         }
-        fill_at.into_iter().chain(self.swarm.poll_timeout()).min()
+        let mesh_at = self.mesh.as_mut().and_then(|mesh| mesh.step(now, &self.swarm));
+        fill_at.into_iter().chain(mesh_at).chain(self.swarm.poll_timeout()).min()
     }
 
     fn look_at(&mut self, now: Duration, layer: &Arc<Layer>) {
@@ -238,6 +290,9 @@ impl Driver {
                 known.insert(*id, Known { version: *version, has_fetched: false });
                 self.swarm.add_source(key, *id, source.kind(), source.units());
             }
+        }
+        if let Some(mesh) = &mut self.mesh {
+            mesh.look_at(now, &mut self.swarm, layer);
         }
         for (chunk, since) in layer.waits().take_changes() {
             match since {
@@ -279,8 +334,9 @@ impl Driver {
             Action::Fetch { fetch, layer: key, source: id, run, priority, is_hedge } => {
                 tracing::trace!(layer = key.0, source = id.0, ?run, ?priority, is_hedge, "fetch");
                 let layer = self.layers.lock().get(&key).cloned();
-                let source = layer.as_ref().and_then(|layer| layer.source(id));
-                let end = End { inbox: self.inbox.clone(), fetch, outcome: stopped() };
+                let mesh = self.mesh.as_ref();
+                let source = layer.as_ref().and_then(|layer| layer.source(id).or_else(|| mesh?.source(layer, id)));
+                let end = End { inbox: self.inbox.clone(), fetch, outcome: stopped(), named: None };
                 // Where the layer or the source has just gone, dropping `end` says so to the swarm.
                 let (Some(layer), Some(source)) = (layer, source) else { return };
                 layer.own_counters().fetch(source.kind());
@@ -289,7 +345,11 @@ impl Driver {
                     let mut end = end;
                     let mut sink =
                         Sink { layer, kind: source.kind(), inbox: end.inbox.clone(), fetch, given: BTreeSet::new() };
-                    let result = source.fetch(run, priority, &mut sink).await;
+                    let chunk = run.start;
+                    let mut result = source.fetch(run, priority, &mut sink).await;
+                    if let Err(SourceError::Busy { peers, .. }) = &mut result {
+                        end.named = Some(Named { layer: key, chunk, members: std::mem::take(peers) });
+                    }
                     end.outcome = outcome(result);
                 });
                 self.running.insert(fetch, Running { task: task.abort_handle(), layer: key, source: id });
@@ -324,12 +384,13 @@ struct End {
     inbox: Arc<Inbox>,
     fetch: FetchId,
     outcome: Outcome,
+    named: Option<Named>,
 }
 
 impl Drop for End {
     fn drop(&mut self) {
         let outcome = std::mem::replace(&mut self.outcome, stopped());
-        self.inbox.push(Event::End { fetch: self.fetch, outcome });
+        self.inbox.push(Note::End { fetch: self.fetch, outcome, named: self.named.take() });
     }
 }
 
@@ -365,7 +426,7 @@ impl ChunkSink for Sink {
             }
             Verdict::Verified
         };
-        self.inbox.push(Event::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });
+        self.inbox.push(Note::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });
         if verdict == Verdict::Wrong { Err(WrongChunk(chunk)) } else { Ok(()) }
     }
 

@@ -14,6 +14,9 @@ use crate::store::Room;
 /// gets its turn soon.
 const WINDOW: u64 = 32 << 20;
 
+/// The same for a layer in a mesh: there is more to choose from, and chunks are told of long before they are asked for.
+const MESH_WINDOW: u64 = 64 << 20;
+
 /// Most bytes that are wanted at once where there is a rate, and how much of it may be saved up.
 const BURST: u64 = 4 << 20;
 
@@ -94,7 +97,8 @@ impl Fill {
             }
             let geometry = filling.layer.geometry();
             let mut open = swarm.background_bytes(*key);
-            while open < WINDOW {
+            let window = if swarm.have(*key).is_some() { MESH_WINDOW } else { WINDOW };
+            while open < window {
                 let Some(gap) = filling.layer.store().next_missing(filling.next) else {
                     // What is wanted already is wanted no better by saying it again.
                     if open == 0 && filling.next > 0 {
@@ -107,7 +111,7 @@ impl Fill {
                     self.room.look_again();
                     return Some(now + NO_ROOM_PAUSE);
                 }
-                let mut bytes = (WINDOW - open).min(slack);
+                let mut bytes = (window - open).min(slack);
                 if let Some(rate) = &mut self.rate {
                     if rate.saved < geometry.chunk_size() {
                         return Some(now + rate.until(geometry.chunk_size()));

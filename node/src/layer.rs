@@ -46,6 +46,8 @@ pub struct Layer {
     filling: AtomicBool,
     mounted: AtomicBool,
     complete: AtomicBool,
+    /// Chunks went since the driver looked last.
+    lost: AtomicBool,
     /// When a seeder or a registry gave a right chunk last, in the room's time; 0: never.
     answered: AtomicU32,
     /// When somebody asked last to mount it, in the room's time.
@@ -94,6 +96,7 @@ impl Layer {
             sources: Mutex::default(),
             filling: AtomicBool::new(false),
             mounted: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             answered: AtomicU32::new(0),
             wanted: AtomicU32::new(now),
             unpacked: OnceLock::new(),
@@ -442,16 +445,23 @@ impl Layer {
         answered > 0 && self.store.room().since(answered) <= age
     }
 
+    /// Whether chunks went since this was asked last.
+    pub(crate) fn take_lost(&self) -> bool {
+        self.lost.swap(false, Ordering::AcqRel)
+    }
+
     /// The store took chunks off the disk.
     pub(crate) fn note_evicted(&self, bytes: u64) {
         self.counters.add(|counters| &counters.evicted_bytes, bytes);
         self.complete.store(self.store.is_complete(), Ordering::Release);
+        self.lost.store(true, Ordering::Release);
         self.inbox.touch(self.key());
     }
 
     /// The store lost chunks.
     pub(crate) fn note_loss(&self) {
         self.complete.store(self.store.is_complete(), Ordering::Release);
+        self.lost.store(true, Ordering::Release);
         let rotten = self.store.faults().rotten.swap(0, Ordering::Relaxed);
         if rotten > 0 {
             self.counters.add(|counters| &counters.rotten_chunks, rotten);

@@ -12,6 +12,7 @@ use layer::wire::Frame;
 use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use swarm::{LayerKey, Swarm};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::chores::{Arriving, Chores};
@@ -20,6 +21,7 @@ use crate::counters::{CounterValues, Counters};
 use crate::driver::{Driver, Inbox, Layers};
 use crate::fill::Fill;
 use crate::layer::{Layer, ReadOptions};
+use crate::mesh::membership::Event;
 use crate::reader::ReadError;
 use crate::store::{Backend, BrokenLayer, Disk, IncomingStore, LayerParts, Prepared, Store, StoreError};
 
@@ -39,6 +41,12 @@ pub struct NodeConfig {
     pub fill: bool,
     /// Most plain bytes per second that the background fetches; 0: no limit.
     pub fill_rate: u64,
+    /// Most bytes per second from other nodes and seeders; 0: no limit.
+    pub download_rate: u64,
+    /// Most bytes per second from registries; 0: no limit.
+    pub registry_rate: u64,
+    /// Whether other nodes are told nothing of what is here.
+    pub leech: bool,
     /// How far ahead of a sequential reader chunks are fetched, in bytes; 0: not at all. Too much and containers start
     /// with bytes that they do not need; too little and a sequential read waits for each round trip.
     pub readahead: u64,
@@ -58,6 +66,9 @@ impl NodeConfig {
             share: false,
             fill: true,
             fill_rate: 0,
+            download_rate: 0,
+            registry_rate: 0,
+            leech: false,
             readahead: 2 << 20,
             waiting_reads_max: 4096,
             swarm: swarm::Config::default(),
@@ -80,6 +91,7 @@ pub struct Node {
     read_options: ReadOptions,
     /// Held while a layer comes or goes, so that a diffID has one layer.
     placing: Mutex<()>,
+    mesh_events: mpsc::Sender<Event>,
 }
 
 /// A device that arrives while its index is not known: its chunks are kept, and believed once the index names them.
@@ -100,6 +112,9 @@ pub struct DiskUse {
     /// What they may still take: what is left of the limit, and no more than the file system has.
     pub free: u64,
 }
+
+/// What lines of the mesh may tell before they wait for the driver.
+const MESH_EVENTS: usize = 256;
 
 /// A number that no layer has.
 const NO_LAYER: LayerKey = LayerKey(0);
@@ -152,15 +167,24 @@ impl Node {
             .map_err(StoreError::io("start the threads of", &config.root))?;
         let fill_paused = Arc::new(AtomicBool::new(!config.fill));
         let rate = Some(config.fill_rate).filter(|rate| *rate > 0);
+        let swarm = swarm::Config {
+            download_bytes_per_sec: config.download_rate,
+            registry_bytes_per_sec: config.registry_rate,
+            leech: config.leech,
+            ..config.swarm
+        };
+        let (mesh_events, events) = mpsc::channel(MESH_EVENTS);
         let driver = Driver {
             layers: layers.clone(),
             inbox: inbox.clone(),
-            swarm: Swarm::new(config.swarm, seed()),
+            swarm: Swarm::new(swarm, seed()),
             fill: Fill::new(fill_paused.clone(), rate, store.room().clone()),
             read_deadline: config.read_deadline,
             epoch: Instant::now(),
             known: BTreeMap::new(),
             running: BTreeMap::new(),
+            events,
+            mesh: None,
         };
         driver.start();
         let node = Self {
@@ -174,6 +198,7 @@ impl Node {
             fill_paused,
             read_options,
             placing: Mutex::default(),
+            mesh_events,
         };
         for layer in node.layers() {
             node.inbox.touch(layer.key());
@@ -212,6 +237,11 @@ impl Node {
     /// What all layers counted together, removed ones included, since the node was opened.
     pub fn counters(&self) -> CounterValues {
         self.counters.values()
+    }
+
+    /// Where lines of the mesh tell what they hear.
+    pub(crate) fn mesh_events(&self) -> mpsc::Sender<Event> {
+        self.mesh_events.clone()
     }
 
     /// What the devices take and may take, in bytes.

@@ -189,6 +189,11 @@ impl Resolver {
         Ok(layer)
     }
 
+    /// The client of the seeders.
+    pub const fn seeders(&self) -> &seeder::Client {
+        &self.seeders
+    }
+
     /// Lets `layer`, whose blob is `blob`, fetch from the seeders and the registry. Uses no network itself, but fetches the
     /// spans section in the background if it is not here yet: with it the registry can stand in for the seeders.
     pub fn add_sources(&self, layer: &Arc<Layer>, blob: &BlobRef) {

@@ -6,5 +6,6 @@
 pub mod client;
 pub mod source;
 
+pub(crate) use client::share;
 pub use client::{Client, Event, Options, Resolution, SeederError};
 pub use source::SeederSource;

@@ -2,12 +2,14 @@
 //!
 //! Every key with its meaning, default and sensible range is in docs/configuration.md, which a test compares with this struct.
 
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use node::config::{CacheConfig, ConfigError, RegistriesConfig, SecurityConfig, SeederAddresses};
+use node::mesh::member::is_zone;
 use serde::Deserialize;
 
 /// Where the configuration is read from unless the command line says otherwise.
@@ -51,6 +53,12 @@ pub struct Config {
     /// Fetching what nobody reads yet.
     #[serde(default)]
     pub fill: FillConfig,
+    /// Nodes that give each other chunks.
+    #[serde(default)]
+    pub mesh: MeshConfig,
+    /// Most bytes per second.
+    #[serde(default)]
+    pub limits: LimitsConfig,
     /// `error`, `warn`, `info`, `debug`, or a filter as `tracing` takes it.
     #[serde(default = "default_log")]
     pub log: String,
@@ -64,6 +72,13 @@ impl Config {
         if !DEADLINE_RANGE.contains(&config.read.deadline) {
             return Err(wrong("read.deadline must be between 1s and 110s".into()));
         }
+        if !is_zone(&config.mesh.zone) {
+            return Err(wrong("mesh.zone may have up to 64 letters, digits, '.', '_' and '-'".into()));
+        }
+        let address = &config.mesh.address;
+        if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
+            return Err(wrong(format!("mesh.address must be IP:PORT or empty, not {address:?}")));
+        }
         for (key, path) in [("root", &config.root), ("run", &config.run), ("socket", &config.socket())] {
             if !path.is_absolute() {
                 return Err(wrong(format!("{key} must be an absolute path")));
@@ -75,6 +90,14 @@ impl Config {
     /// The socket that containerd connects to.
     pub fn socket(&self) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| self.run.join("drover.sock"))
+    }
+
+    /// How this node takes part in the mesh; `None`: it does not.
+    pub fn mesh(&self) -> Option<node::mesh::Options> {
+        let MeshConfig { enabled, listen, address, zone, leech } = self.mesh.clone();
+        let upload_rate = self.limits.upload.as_u64();
+        let takes_part = enabled && !self.seeder.addresses.is_empty();
+        takes_part.then(|| node::mesh::Options { listen, address, zone, leech, upload_rate })
     }
 
     /// Directory of the FUSE mount whose files are devices.
@@ -95,7 +118,7 @@ pub struct ContainerdConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SeederConfig {
-    /// `HOST:PORT`, tried in order; a DNS name may stand for several.
+    /// `HOST:PORT`; a DNS name may stand for several. Each layer lies with one of them, all nodes agree with which.
     pub addresses: SeederAddresses,
 }
 
@@ -128,6 +151,34 @@ pub struct FillConfig {
     pub rate: ByteSize,
 }
 
+/// Nodes that give each other chunks.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MeshConfig {
+    /// Whether this node takes part. It does only where seeders are configured, since they introduce nodes to each other.
+    pub enabled: bool,
+    /// `IP:PORT` to listen on for other nodes.
+    pub listen: String,
+    /// `IP:PORT` that other nodes are told; empty: the address from which this node reaches the seeder, with the port of `listen`.
+    pub address: String,
+    /// Name of the part of the network within which bytes are cheap: up to 64 letters, digits, `.`, `_` and `-`.
+    pub zone: String,
+    /// Take only, give nothing.
+    pub leech: bool,
+}
+
+/// Most bytes per second; 0 is unlimited.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// To other nodes.
+    pub upload: ByteSize,
+    /// From other nodes and seeders.
+    pub download: ByteSize,
+    /// From registries.
+    pub registry: ByteSize,
+}
+
 fn default_root() -> PathBuf {
     "/var/lib/drover".into()
 }
@@ -155,6 +206,12 @@ impl Default for ReadConfig {
 impl Default for PrepareConfig {
     fn default() -> Self {
         Self { stall: Duration::from_secs(10) }
+    }
+}
+
+impl Default for MeshConfig {
+    fn default() -> Self {
+        Self { enabled: true, listen: "0.0.0.0:7071".into(), address: String::new(), zone: String::new(), leech: false }
     }
 }
 
@@ -202,7 +259,7 @@ mod tests {
     #[test]
     fn every_key_is_documented() {
         let documented = documented();
-        for table in ["", "containerd", "seeder", "read", "prepare", "fill", "cache", "registry.x"] {
+        for table in ["", "containerd", "seeder", "read", "prepare", "fill", "mesh", "limits", "cache", "registry.x"] {
             let header = if table.is_empty() { String::new() } else { format!("[{table}]\n") };
             let text = if table.is_empty() {
                 "nonsense = 1".into()

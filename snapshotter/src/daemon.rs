@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use node::config::SecurityConfig;
+use node::mesh::Mesh;
 use node::resolve::Resolver;
 use node::security::{Role, Security};
 use node::{Node, NodeConfig, enrol, seeder};
@@ -70,6 +71,9 @@ pub async fn serve(
         read_deadline: config.read.deadline,
         fill: config.fill.enabled,
         fill_rate: config.fill.rate.as_u64(),
+        download_rate: config.limits.download.as_u64(),
+        registry_rate: config.limits.registry.as_u64(),
+        leech: config.mesh.leech,
         ..NodeConfig::new(&config.root)
     })
     .with_context(|| format!("cannot open the layers below {}", config.root.display()))?;
@@ -87,7 +91,7 @@ pub async fn serve(
     let security = Security::load(&config.security, Role::Node, &config.root).context("cannot set up security")?;
     enrol(config, &security);
     let layers = {
-        let (node, config, program) = (node.clone(), config.clone(), handed.program);
+        let (node, config, program, security) = (node.clone(), config.clone(), handed.program, security.clone());
         tokio::task::spawn_blocking(move || open(node, &config, &security, program, handed.adopted))
             .await
             .context("opening panicked")??
@@ -99,6 +103,11 @@ pub async fn serve(
     })
     .await
     .context("restoring panicked")??;
+
+    let mesh = config.mesh().map(|options| {
+        let seeders = layers.resolutions.resolver().seeders().clone();
+        Mesh::start(&node, options, security, seeders)
+    });
 
     let sweeper = Arc::new(Sweeper::new(layers.store.clone(), layers.clone()));
     tokio::spawn({
@@ -139,6 +148,7 @@ pub async fn serve(
     }
     // From here on the next daemon answers what this one has not.
     session.leave();
+    drop(mesh);
     node.shutdown().await;
     Ok(())
 }

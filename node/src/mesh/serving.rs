@@ -3,7 +3,6 @@
 //! Nothing leaves that was not checked: a frame as it came is compared with the check that it was kept with, and bytes of the
 //! device are given only where their digest is known to hold.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -20,6 +19,7 @@ use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use swarm::{Admission, PeerId, UploadConfig, Uploads};
 
+use super::Refused;
 use super::asking::{Asker, PEERS_MAX, Turned};
 use super::member::Member;
 use crate::layer::Layer;
@@ -29,8 +29,6 @@ use crate::source::BoxFuture;
 
 /// Bytes of frames that are read and handed to the network at a time.
 const BATCH_LEN: usize = 512 << 10;
-/// Most addresses that are refused. Whoever sends wrong chunks is a member of the cluster, so there cannot be many.
-const REFUSED_MAX: usize = 4096;
 
 /// Who else has a chunk of the layer with that blob, or is about to; nearest first.
 pub type Holders = Box<dyn Fn(Digest, u32) -> Vec<Member> + Send + Sync>;
@@ -45,7 +43,7 @@ pub struct Sharing {
 /// Who is served now.
 struct Gate {
     uploads: Mutex<Uploads>,
-    refused: Mutex<BTreeSet<SocketAddr>>,
+    refused: Refused,
     epoch: Instant,
 }
 
@@ -56,18 +54,10 @@ struct Slot {
 }
 
 impl Sharing {
-    /// Gives what `node` has within the bounds of `uploads`, and names `holders` to whom it turns down.
-    pub fn new(node: Arc<Node>, uploads: UploadConfig, holders: Holders) -> Self {
-        let (uploads, refused) = (Mutex::new(Uploads::new(uploads)), Mutex::default());
+    /// Gives what `node` has within the bounds of `uploads` to all but the `refused`, and names `holders` to whom it turns down.
+    pub fn new(node: Arc<Node>, uploads: UploadConfig, refused: Refused, holders: Holders) -> Self {
+        let uploads = Mutex::new(Uploads::new(uploads));
         Self { node, gate: Arc::new(Gate { uploads, refused, epoch: Instant::now() }), holders }
-    }
-
-    /// From now on nothing is given to the member at `address`.
-    pub fn refuse(&self, address: SocketAddr) {
-        let mut refused = self.gate.refused.lock();
-        if refused.len() < REFUSED_MAX {
-            refused.insert(address);
-        }
     }
 
     fn layer(&self, blob: Digest) -> Result<Arc<Layer>, ServeError> {
@@ -76,7 +66,7 @@ impl Sharing {
     }
 
     fn admit(&self, blob: Digest, first: u32, asker: &Asker) -> Result<Slot, ServeError> {
-        if asker.peer.is_some_and(|peer| self.gate.refused.lock().contains(&peer)) {
+        if asker.peer.is_some_and(|peer| self.gate.refused.contains(peer)) {
             return Err(ServeError::Refused("this member sent wrong chunks and gets nothing"));
         }
         // By where it comes from, not by what it says: else one machine takes all slots under many names.

@@ -1,5 +1,6 @@
-//! The configured seeders, tried in order, those that failed lately last.
+//! The configured seeders. Each blob lies with one of them; those that failed lately are asked last.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -267,7 +268,7 @@ impl Client {
             identity.settle().await;
         }
         let digest = blob.digest;
-        self.first(|seat| {
+        self.first_of(digest, |seat| {
             let request = request.clone();
             async move {
                 let mut control = ControlClient::new(seat.channel.clone()).max_decoding_message_size(EVENT_BYTES_MAX);
@@ -283,7 +284,7 @@ impl Client {
 
     /// Fetches a section of the index that `header` names, from whichever seeder has it. Its digest is not verified.
     pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        self.first(|seat| {
+        self.first_of(header.blob(), |seat| {
             let header = header.clone();
             async move { seat.section(&header, section).await }
         })
@@ -348,13 +349,41 @@ impl Client {
             .await
     }
 
+    /// The seeders, by name, and a channel to each.
+    pub(crate) async fn channels(&self) -> Result<Vec<(String, Channel)>, SeederError> {
+        Ok(self.seats().await?.iter().map(|seat| (seat.name.clone(), seat.channel.clone())).collect())
+    }
+
+    /// The same as [`Client::first`], beginning with the seeder whose share the blob is.
+    pub(super) async fn first_of<T, F: Future<Output = Result<T, SeederError>>>(
+        &self,
+        blob: Digest,
+        work: impl Fn(Arc<Seat>) -> F,
+    ) -> Result<T, SeederError> {
+        Self::first_among(self.seats_of(blob).await?, work).await
+    }
+
+    /// All seeders, those that rest behind those that work, and the one whose share the blob is first of these.
+    async fn seats_of(&self, blob: Digest) -> Result<Vec<Arc<Seat>>, SeederError> {
+        let mut seats = self.seats().await?;
+        seats.sort_by_key(|seat| (seat.resting(), Reverse(share(&seat.name, blob))));
+        Ok(seats)
+    }
+
     /// Runs `work` with one seeder after the other until one answers.
     pub(super) async fn first<T, F: Future<Output = Result<T, SeederError>>>(
         &self,
         work: impl Fn(Arc<Seat>) -> F,
     ) -> Result<T, SeederError> {
+        Self::first_among(self.seats().await?, work).await
+    }
+
+    async fn first_among<T, F: Future<Output = Result<T, SeederError>>>(
+        seats: Vec<Arc<Seat>>,
+        work: impl Fn(Arc<Seat>) -> F,
+    ) -> Result<T, SeederError> {
         let mut last = None;
-        for seat in self.seats().await? {
+        for seat in seats {
             match work(Arc::clone(&seat)).await {
                 Ok(done) => {
                     seat.praise();
@@ -455,6 +484,14 @@ impl Client {
         }
         Ok(Arc::clone(seats.entry(key).or_insert(seat)))
     }
+}
+
+/// How much of a claim a seeder has on a blob. All machines compute it alike, and the one with the largest has it: each blob then
+/// lies with one seeder, and with the next one when that is gone (rendezvous hashing: Thaler, Ravishankar: A name-based mapping
+/// scheme for rendezvous, 1996).
+pub(crate) fn share(seeder: &str, blob: Digest) -> u64 {
+    let hash = blake3::Hasher::new().update(seeder.as_bytes()).update(blob.as_bytes()).finalize();
+    hash.as_bytes().iter().take(8).fold(0, |share, byte| share << 8 | u64::from(*byte))
 }
 
 /// What errors and the log call a seeder.

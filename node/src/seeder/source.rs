@@ -28,7 +28,7 @@ impl SeederSource {
         sink: &mut dyn ChunkSink,
     ) -> Result<(), SourceError> {
         let blob = self.blob;
-        let opened = self.client.first(|seat| {
+        let opened = self.client.first_of(blob, |seat| {
             let run = run.clone();
             async move {
                 let body = seat.chunks(blob, &run, priority).await?;

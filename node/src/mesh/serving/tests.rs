@@ -26,6 +26,7 @@ struct Scene {
     node: Arc<Node>,
     layer: Arc<Layer>,
     sharing: Arc<Sharing>,
+    refused: Refused,
     address: SocketAddr,
     _stop: DropGuard,
 }
@@ -48,13 +49,14 @@ impl Scene {
         let layer = node.insert(&subject.parts()).unwrap();
         let asked = "10.0.0.1:7071".parse().unwrap();
         let holders: Holders = Box::new(move |_, _| vec![Member { address: asked, zone: String::new() }, other()]);
-        let sharing = Arc::new(Sharing::new(node.clone(), uploads, holders));
+        let refused = Refused::default();
+        let sharing = Arc::new(Sharing::new(node.clone(), uploads, refused.clone(), holders));
         let limits = Limits { stall_timeout: Duration::from_secs(20), ..Limits::default() };
         let listener = Listener::bind("127.0.0.1:0", security, limits).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
         tokio::spawn(listener.serve(serve::router(Arc::clone(&sharing), 64), stop.clone()));
-        Self { subject, _folder: folder, node, layer, sharing, address, _stop: stop.drop_guard() }
+        Self { subject, _folder: folder, node, layer, sharing, refused, address, _stop: stop.drop_guard() }
     }
 
     fn blob(&self) -> Digest {
@@ -184,7 +186,7 @@ async fn who_is_turned_down_learns_who_else_has_it() {
         assert!(matches!(error, SourceError::Busy { .. }) && Instant::now() < deadline, "{error}");
     }
 
-    scene.sharing.refuse("10.0.0.1:7071".parse().unwrap());
+    scene.refused.insert("10.0.0.1:7071".parse().unwrap());
     let error = scene.fetch(&source, 0..2).await.unwrap_err();
     assert!(matches!(error, SourceError::Denied { .. }), "{error}");
     let leech = Scene::new(&Security::Off, UploadConfig { leech: true, ..UploadConfig::default() }).await;
@@ -220,7 +222,7 @@ async fn what_rotted_on_the_disk_is_not_given() {
 
     let node = open(folder.path(), "b");
     let layer = node.layers().pop().unwrap();
-    let sharing = Sharing::new(node, UploadConfig::default(), Box::new(|_, _| Vec::new()));
+    let sharing = Sharing::new(node, UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
     let give = async |run| {
         let body = sharing.chunks(layer.header().blob(), run, Asker::UNKNOWN).await.map_err(io::Error::other)?;
         body.stream.try_collect::<Vec<_>>().await

@@ -169,13 +169,16 @@ async fn the_next_seeder_is_asked_when_one_is_gone() {
     let (registry, directory) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
     let sample = Sample::new(24);
     let blob = registry.put_blob(sample.blob.clone());
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let seeder = TestSeeder::start(ingester(directory.path(), &registry, &Security::Off), &Security::Off).await;
+    // One that would be asked first.
+    let closed = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let claim = |address: &str| share(address, blob.digest);
+    let gone = std::iter::repeat_with(closed).find(|gone| claim(gone) > claim(&seeder.address)).unwrap();
     let client = client(&[&gone, &seeder.address], &Security::Off);
     let (header, _) = ready(&mut client.resolve(&blob).await.unwrap()).await;
     // Each further failure makes the rest longer, so a slow machine sees it too.
     for attempt in 0.. {
-        if client.seats().await.unwrap()[0].name == seeder.address {
+        if client.seats_of(blob.digest).await.unwrap()[0].name == seeder.address {
             break;
         }
         assert!(attempt < 10, "who failed is asked last");

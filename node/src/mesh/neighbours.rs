@@ -1,0 +1,119 @@
+//! Lines of neighbours to this node.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use proto::drover::mesh::v1 as api;
+use proto::drover::mesh::v1::neighbour_server::{Neighbour, NeighbourServer};
+use proto::drover::mesh::v1::to_neighbour;
+use swarm::Zone;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Refused;
+use super::member::is_zone;
+use super::membership::Event;
+use crate::serve::listener::Remote;
+
+/// Path of all of the service's methods, for the router.
+pub(super) const ROUTE: &str = "/drover.mesh.v1.Neighbour/{method}";
+/// Most lines at once: more than a node has neighbours, since those that broke may still seem to stand.
+const CALLS_MAX: usize = 512;
+/// Time for the first message.
+const HELLO: Duration = Duration::from_secs(5);
+/// Largest message: what is here of a layer of 10 GB, every second chunk.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Passes on what neighbours tell.
+pub(crate) struct Calls {
+    events: mpsc::Sender<Event>,
+    refused: Refused,
+    room: Arc<Semaphore>,
+    next: AtomicU64,
+}
+
+impl Calls {
+    pub(crate) fn service(events: mpsc::Sender<Event>, refused: Refused) -> NeighbourServer<Self> {
+        let calls = Self { events, refused, room: Arc::new(Semaphore::new(CALLS_MAX)), next: AtomicU64::new(0) };
+        NeighbourServer::new(calls).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+#[tonic::async_trait]
+impl Neighbour for Calls {
+    type TellStream = ReceiverStream<Result<api::Told, Status>>;
+
+    async fn tell(&self, request: Request<Streaming<api::ToNeighbour>>) -> Result<Response<Self::TellStream>, Status> {
+        let room = Arc::clone(&self.room).try_acquire_owned();
+        let room = room.map_err(|_| Status::resource_exhausted("too many lines"))?;
+        let remote = request.extensions().get::<Remote>().map(|remote| remote.0.ip().to_canonical());
+        let mut incoming = request.into_inner();
+        let hello = tokio::time::timeout(HELLO, incoming.message());
+        let hello = hello.await.map_err(|_| Status::deadline_exceeded("no hello"))??;
+        let Some(api::ToNeighbour { message: Some(to_neighbour::Message::Hello(hello)) }) = hello else {
+            return Err(Status::invalid_argument("a line begins with a hello"));
+        };
+        let address: SocketAddr =
+            hello.address.parse().map_err(|_| Status::invalid_argument("the hello names no address"))?;
+        if !is_zone(&hello.zone) {
+            return Err(Status::invalid_argument("the hello names no zone that could be one"));
+        }
+        let line = Line {
+            events: self.events.clone(),
+            refused: self.refused.clone(),
+            address,
+            call: self.next.fetch_add(1, Ordering::Relaxed),
+        };
+        line.check()?;
+        let is_own = remote == Some(address.ip().to_canonical());
+        let up = Event::CallerUp { address, zone: Zone::named(&hello.zone), call: line.call, is_own };
+        self.events.send(up).await.map_err(|_| Status::unavailable("this node stops"))?;
+        let (end, ended) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let result = line.hear(incoming).await;
+            drop((line, room));
+            if let Err(status) = result {
+                let _ = end.try_send(Err(status));
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(ended)))
+    }
+}
+
+/// One line; that it ended is told when it is dropped.
+struct Line {
+    events: mpsc::Sender<Event>,
+    refused: Refused,
+    address: SocketAddr,
+    call: u64,
+}
+
+impl Line {
+    async fn hear(&self, mut incoming: Streaming<api::ToNeighbour>) -> Result<(), Status> {
+        while let Some(message) = incoming.message().await? {
+            self.check()?;
+            if let Some(to_neighbour::Message::Haves(haves)) = message.message {
+                let haves = Event::Haves { address: self.address, haves };
+                self.events.send(haves).await.map_err(|_| Status::unavailable("this node stops"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), Status> {
+        match self.refused.contains(self.address) {
+            true => Err(Status::permission_denied("this node does not deal with you")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let (events, down) = (self.events.clone(), Event::CallerDown { address: self.address, call: self.call });
+        tokio::spawn(async move { drop(events.send(down).await) });
+    }
+}
