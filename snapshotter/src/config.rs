@@ -97,7 +97,7 @@ impl Config {
         let MeshConfig { enabled, listen, address, zone, leech } = self.mesh.clone();
         let upload_rate = self.limits.upload.as_u64();
         let takes_part = enabled && !self.seeder.addresses.is_empty();
-        takes_part.then(|| node::mesh::Options { listen, address, zone, leech, upload_rate })
+        takes_part.then_some(node::mesh::Options { listen, address, zone, leech, upload_rate })
     }
 
     /// Directory of the FUSE mount whose files are devices.

@@ -158,7 +158,7 @@ impl Membership {
     ) {
         for Member { address, zone } in machines {
             if let Some(id) = self.meet(now, swarm, inbox, key, *address, Zone::named(zone)) {
-                swarm.on_haves(now, key, id, &[chunk..chunk.saturating_add(1)], &[]);
+                swarm.on_haves(now, key, id, std::slice::from_ref(&(chunk..chunk.saturating_add(1))), &[]);
             }
         }
     }
