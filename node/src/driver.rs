@@ -406,6 +406,22 @@ struct Sink {
 
 impl ChunkSink for Sink {
     fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], wire_bytes: usize) -> Result<(), WrongChunk> {
+        self.take(chunk, plain, wire_bytes, None)
+    }
+
+    fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
+        self.take(chunk, plain, frame.wire_len(), Some(frame))
+    }
+}
+
+impl Sink {
+    fn take(
+        &mut self,
+        chunk: ChunkIndex,
+        plain: &[u8],
+        wire_bytes: usize,
+        frame: Option<Frame<'_>>,
+    ) -> Result<(), WrongChunk> {
         let counters = self.layer.own_counters();
         counters.wire_bytes(self.kind, wire_bytes);
         if !self.given.insert(chunk.0) {
@@ -421,6 +437,10 @@ impl ChunkSink for Sink {
             }
             if self.layer.take_chunk(chunk.0, plain) {
                 counters.chunk(self.kind, plain.len());
+                // After the readers are answered, before other nodes are told of the chunk.
+                if let Some(frame) = frame {
+                    self.layer.store().keep(chunk, frame);
+                }
             } else {
                 counters.add(|counters| &counters.duplicate_chunks, 1);
             }
@@ -428,12 +448,6 @@ impl ChunkSink for Sink {
         };
         self.inbox.push(Note::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });
         if verdict == Verdict::Wrong { Err(WrongChunk(chunk)) } else { Ok(()) }
-    }
-
-    fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
-        self.chunk(chunk, plain, frame.wire_len())?;
-        self.layer.store().keep(chunk, frame);
-        Ok(())
     }
 }
 

@@ -149,3 +149,6 @@ impl Refused {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

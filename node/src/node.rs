@@ -105,7 +105,7 @@ pub struct Incoming {
 /// What devices take on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskUse {
-    /// Bytes of all devices, arriving ones included, and of the chunks that are kept in their wire form besides.
+    /// Bytes of all devices, arriving ones included.
     pub taken: u64,
     /// Most that they may take now; `u64::MAX` without a limit.
     pub limit: u64,
@@ -248,7 +248,9 @@ impl Node {
     pub fn disk_use(&self) -> DiskUse {
         let room = self.store.room();
         room.look();
-        DiskUse { taken: room.taken(), limit: room.limit(), free: room.free() }
+        // Wire forms go for devices.
+        let spare = room.spare();
+        DiskUse { taken: room.taken().saturating_sub(spare), limit: room.limit(), free: room.free() + spare }
     }
 
     /// Stops or continues the background.

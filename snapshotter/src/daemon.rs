@@ -74,6 +74,7 @@ pub async fn serve(
         download_rate: config.limits.download.as_u64(),
         registry_rate: config.limits.registry.as_u64(),
         leech: config.mesh.leech,
+        share: config.mesh().is_some() && !config.mesh.leech,
         ..NodeConfig::new(&config.root)
     })
     .with_context(|| format!("cannot open the layers below {}", config.root.display()))?;

@@ -3,8 +3,10 @@
 use std::ops::Range;
 
 use layer::ChunkIndex;
+use layer::wire::{Encoder, Frame};
 
 use super::*;
+use crate::config::DiskShare;
 use crate::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 use crate::store::memory::MemoryDisk;
 use crate::store::tests::Subject;
@@ -96,4 +98,83 @@ async fn on_a_full_disk_reads_go_on_and_pulls_are_declined_until_there_is_space(
     let layer = node.layer(running.diff_id()).unwrap();
     let mut bytes = Vec::new();
     assert!(layer.read_now(0..running.device().len() as u64, &mut bytes).is_some() && bytes == running.device());
+}
+
+/// The same with each chunk in its wire form.
+#[derive(Debug)]
+struct Framed(Arc<Subject>);
+
+impl Source for Framed {
+    fn kind(&self) -> SourceKind {
+        SourceKind::Seeder
+    }
+
+    fn label(&self) -> String {
+        "seeder of the test".into()
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        run: Range<u32>,
+        _: Priority,
+        sink: &'a mut dyn ChunkSink,
+    ) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(async move {
+            let (mut encoder, mut wire) = (Encoder::new(), Vec::new());
+            for chunk in run {
+                let plain = self.0.chunk(chunk);
+                wire.clear();
+                encoder.encode(plain, &mut wire);
+                let corrupt = |error: crate::source::WrongChunk| SourceError::Corrupt {
+                    source_label: self.label(),
+                    reason: error.to_string(),
+                };
+                let (frame, _) = Frame::split(&wire).unwrap();
+                sink.frame(ChunkIndex(chunk), plain, frame).map_err(corrupt)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wire_forms_go_before_any_chunk_does() {
+    let disk = MemoryDisk::default();
+    // Room for the devices, and for a part of their wire forms.
+    let cache = CacheConfig { size: DiskShare::Bytes(1_200_000), keep_free: DiskShare::Bytes(0) };
+    let config = NodeConfig { share: true, cache, ..NodeConfig::new("/store") };
+    let node = Node::open_on(Arc::new(disk.clone()), config.clone(), "a").unwrap();
+    let subjects = [3, 4].map(|seed| Arc::new(Subject::new(500_000, seed)));
+    let mut layers = Vec::new();
+    for subject in &subjects {
+        let layer = node.insert(&subject.parts()).unwrap();
+        layer.add_source(Arc::new(Framed(subject.clone())));
+        read_all(&layer, subject).await;
+        layers.push(layer);
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let room = node.store.room();
+    while !layers.iter().all(|layer| layer.is_complete()) || room.spare_excess() > 0 {
+        assert!(Instant::now() < deadline, "not in time");
+        for (layer, subject) in layers.iter().zip(&subjects) {
+            read_all(layer, subject).await;
+        }
+    }
+    assert_eq!(node.counters().evicted_bytes, 0);
+    layers.iter().for_each(|layer| layer.store().flush().unwrap());
+    let devices = layers.iter().map(|layer| layer.disk_bytes()).sum::<u64>();
+    // The wire form of a chunk may come a moment after the chunk.
+    let wire_forms = || disk.allocated_below(std::path::Path::new("/store"), "wire");
+    while node.disk_use().taken != devices || wire_forms() != room.spare() {
+        assert!(Instant::now() < deadline, "the account is wrong");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    node.shutdown().await;
+    drop((layers, node));
+
+    // Who does not share any more has no use for them.
+    let node = Node::open_on(Arc::new(disk.clone()), NodeConfig { share: false, ..config }, "a").unwrap();
+    assert_eq!(wire_forms(), 0);
+    assert_eq!(node.disk_use().taken, devices);
+    node.shutdown().await;
 }
