@@ -10,6 +10,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::client::legacy;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+use layer::index::{Header, Section};
 use layer::wire::{Decoder, FrameReader};
 use layer::{Digest, Geometry};
 use swarm::Priority;
@@ -104,6 +105,21 @@ impl Bulk {
     pub(crate) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, Fault> {
         let path = format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end);
         Ok(self.body(self.ask(&path, priority).await?))
+    }
+
+    /// A section of the index that `header` names; its digest is not verified. `as_member`: says who asks.
+    pub(crate) async fn section(&self, header: &Header, section: Section, as_member: bool) -> Result<Vec<u8>, Fault> {
+        let path = format!("/v1/layers/{}/index/{section}", header.blob());
+        let answer = if as_member { self.ask(&path, Priority::Demand).await? } else { self.get(&path).await? };
+        let (want, mut body) = (header.section(section).size, self.body(answer));
+        let mut bytes = Vec::new();
+        while let Some(more) = body.next().await? {
+            if bytes.len() as u64 + more.len() as u64 > want {
+                return Err(Fault::Wrong(format!("more than the {want} bytes of {section}")));
+            }
+            bytes.extend_from_slice(&more);
+        }
+        Ok(bytes)
     }
 
     /// The bytes behind a head.

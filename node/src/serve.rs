@@ -6,6 +6,7 @@
 
 pub mod listener;
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -47,7 +48,7 @@ pub trait LayerServer: Send + Sync + 'static {
     fn header(&self, blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>>;
 
     /// A section of a known layer's index.
-    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>>;
+    fn section(&self, blob: Digest, section: Section, asker: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>>;
 
     /// The frames of a run of chunks, which is not empty.
     fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
@@ -63,6 +64,8 @@ pub struct SectionBody {
     pub file: Arc<File>,
     /// How many.
     pub size: u64,
+    /// Is dropped when the answer ended, however.
+    pub held: Option<Box<dyn Any + Send>>,
 }
 
 /// Frames on their way.
@@ -151,6 +154,7 @@ pub fn router<S: LayerServer>(server: Arc<S>, transfers: usize) -> Router {
 async fn section<S: LayerServer>(
     State(routes): State<Routes<S>>,
     Path((blob, name)): Path<(String, String)>,
+    remote: Option<Extension<Remote>>,
     headers: HeaderMap,
 ) -> Result<Response, ServeError> {
     let blob = parse_blob(&blob)?;
@@ -162,7 +166,7 @@ async fn section<S: LayerServer>(
         return Err(ServeError::BadRequest(format!("an index has no section {name:?}")));
     };
     let permit = routes.permit()?;
-    let body = routes.server.section(blob, section).await?;
+    let body = routes.server.section(blob, section, asker(remote, &headers)).await?;
     let range = headers.get(header::RANGE).map(|value| parse_range(value, body.size));
     let (status, range) = match range {
         None | Some(ByteRange::Ignored) => (StatusCode::OK, 0..body.size),
@@ -173,7 +177,7 @@ async fn section<S: LayerServer>(
             return Ok(response);
         }
     };
-    let mut response = octets(Body::from_stream(held(read_file(body.file, range.clone()), permit)));
+    let mut response = octets(Body::from_stream(held(read_file(body.file, range.clone()), (permit, body.held))));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_LENGTH, (range.end - range.start).into());
     response.headers_mut().insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
@@ -249,8 +253,8 @@ fn octets(body: Body) -> Response {
     response
 }
 
-/// The stream with its permit, which is given back when the body is sent or dropped.
-fn held(stream: ByteStream, permit: OwnedSemaphorePermit) -> ByteStream {
+/// The stream with what is to be dropped when the body is sent or dropped: its permit.
+fn held<H: Send + 'static>(stream: ByteStream, permit: H) -> ByteStream {
     stream
         .map(move |item| {
             let _held = &permit;
@@ -332,8 +336,8 @@ mod tests {
             Box::pin(async { Err(ServeError::NotYet) })
         }
 
-        fn section(&self, _blob: Digest, _section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
-            Box::pin(async { Ok(SectionBody { file: Arc::clone(&self.section), size: 1000 }) })
+        fn section(&self, _: Digest, _: Section, _: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+            Box::pin(async { Ok(SectionBody { file: Arc::clone(&self.section), size: 1000, held: None }) })
         }
 
         fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {

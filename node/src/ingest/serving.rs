@@ -29,13 +29,13 @@ impl LayerServer for Ingester {
         })
     }
 
-    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+    fn section(&self, blob: Digest, section: Section, _asker: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
         Box::pin(async move {
             let known = self.served(blob).await?;
             let size = known.header().section(section).size;
             let opened = super::blocking(move || known.open_section(section)).await;
             let file = opened.map_err(|error| ServeError::Failed(format!("{section}: {error}")))?;
-            Ok(SectionBody { file: Arc::new(file), size })
+            Ok(SectionBody { file: Arc::new(file), size, held: None })
         })
     }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
+use layer::index::{Header, Section, check_section};
 use layer::{Digest, Geometry};
 use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint};
@@ -41,6 +42,12 @@ impl PeerClient {
     ) -> Result<Self, rustls::Error> {
         let connector = connector(address, security, tls::HTTP1, options)?;
         Ok(Self { address, bulk: Arc::new(Bulk::new(connector, options.stall_timeout, own_address)) })
+    }
+
+    /// A section of the index that `header` names, as the member has it: `None` where it does not, or sends something else.
+    pub(crate) async fn section(&self, header: &Header, section: Section) -> Option<Vec<u8>> {
+        let bytes = self.bulk.section(header, section, false).await.ok()?;
+        check_section(header, section, &bytes).ok().map(|()| bytes)
     }
 }
 

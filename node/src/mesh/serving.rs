@@ -91,13 +91,13 @@ impl LayerServer for Sharing {
         Box::pin(async move { Ok(Bytes::copy_from_slice(&self.layer(blob)?.header().encode())) })
     }
 
-    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+    fn section(&self, blob: Digest, section: Section, _asker: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
         Box::pin(async move {
             let layer = self.layer(blob)?;
             let (path, size) = (layer.section_path(section), layer.header().section(section).size);
             let opened = tokio::task::spawn_blocking(move || File::open(path)).await;
             match opened.map_err(io::Error::other).flatten() {
-                Ok(file) => Ok(SectionBody { file: Arc::new(file), size }),
+                Ok(file) => Ok(SectionBody { file: Arc::new(file), size, held: None }),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ServeError::Absent),
                 Err(error) => Err(ServeError::Failed(format!("{section}: {error}"))),
             }

@@ -1,5 +1,7 @@
 //! The configured seeders. Each blob lies with one of them; those that failed lately are asked last.
 
+mod sections;
+
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -274,7 +276,9 @@ impl Client {
                 let mut control = ControlClient::new(seat.channel.clone()).max_decoding_message_size(EVENT_BYTES_MAX);
                 let answer = tokio::time::timeout(seat.stall, control.resolve(request)).await;
                 match answer.map_err(|_| seat.stalled())? {
-                    Ok(answer) => Ok(Resolution { seat, blob: digest, events: answer.into_inner() }),
+                    Ok(answer) => {
+                        Ok(Resolution { client: self.clone(), seat, blob: digest, events: answer.into_inner() })
+                    }
                     Err(status) => Err(seat.status_error(status).await),
                 }
             }
@@ -282,11 +286,12 @@ impl Client {
         .await
     }
 
-    /// Fetches a section of the index that `header` names, from whichever seeder has it. Its digest is not verified.
+    /// Fetches a section of the index that `header` names, from whichever seeder has it or names somebody who has. Its digest is
+    /// not verified.
     pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
         self.first_of(header.blob(), |seat| {
             let header = header.clone();
-            async move { seat.section(&header, section).await }
+            async move { self.section_by(&seat, &header, section).await }
         })
         .await
     }
@@ -504,6 +509,7 @@ fn seat_name(host: &str, address: SocketAddr) -> String {
 
 /// One seeder's answer to a resolve.
 pub struct Resolution {
+    client: Client,
     seat: Arc<Seat>,
     blob: Digest,
     events: tonic::Streaming<ResolveEvent>,
@@ -549,9 +555,9 @@ impl Resolution {
         self.seat.wrong("the conversation ended before the layer was ready")
     }
 
-    /// Fetches a section from this seeder. Its digest is not verified.
+    /// Fetches a section from this seeder or from whom it names. Its digest is not verified.
     pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        self.seat.section(header, section).await
+        self.client.section_by(&self.seat, header, section).await
     }
 
     /// The chunks of the layer from the first on, as they come into being.
@@ -627,21 +633,6 @@ impl Seat {
             .connect_with_connector_lazy(http2);
         let bulk = Bulk::new(http1, options.stall_timeout, own_address);
         Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default() }
-    }
-
-    async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        let answer = self.bulk.get(&format!("/v1/layers/{}/index/{section}", header.blob())).await;
-        let response = answer.map_err(|fault| self.error(fault))?;
-        let want = header.section(section).size;
-        let mut body = self.bulk.body(response);
-        let mut bytes = Vec::new();
-        while let Some(more) = body.next().await.map_err(|fault| self.error(fault))? {
-            if bytes.len() as u64 + more.len() as u64 > want {
-                return Err(self.wrong(format!("more than the {want} bytes of {section}")));
-            }
-            bytes.extend_from_slice(&more);
-        }
-        Ok(bytes)
     }
 
     pub(super) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, SeederError> {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
+use crate::mesh::asking::PEERS_MAX;
 use crate::mesh::{Asker, Member, Turned};
 
 /// Messages that wait for a node; one that lets more wait is cut off. Enough for all that others' joins bring while it takes
@@ -79,6 +80,7 @@ pub(super) struct Book {
     expelled: BTreeMap<PeerId, SocketAddr>,
     next_key: u64,
     next_line: u64,
+    draws: usize,
 }
 
 #[derive(Debug)]
@@ -109,6 +111,7 @@ impl Book {
             expelled: BTreeMap::new(),
             next_key: 0,
             next_line: 0,
+            draws: 0,
         }
     }
 
@@ -252,6 +255,26 @@ impl Book {
             self.tell(now, peer, unknown(blob));
         }
         self.settle(now);
+    }
+
+    /// The address of the node that asks, where it has a line and asks from where that comes from.
+    pub(super) fn on_line(&self, asker: &Asker) -> Option<SocketAddr> {
+        let line = self.lines.get(&PeerId::at(asker.peer?))?;
+        (asker.ip == Some(line.hello.from)).then_some(line.hello.member.address)
+    }
+
+    /// Up to four members of a layer, drawn by lot, that give to `asker`; `only`: of those that are at these addresses.
+    pub(super) fn holders(&mut self, blob: Digest, has: &[SocketAddr], asker: &SocketAddr, only: bool) -> Vec<Member> {
+        let Some(key) = self.keys.get(&blob) else { return Vec::new() };
+        let gives = |line: &&Line| {
+            let address = line.hello.member.address;
+            line.layers.contains(key) && !line.hello.leech && address != *asker && (!only || has.contains(&address))
+        };
+        let found: Vec<&Line> = self.lines.values().filter(gives).collect();
+        self.draws = self.draws.wrapping_add(PEERS_MAX);
+        let from = self.draws % found.len().max(1);
+        let drawn = found.iter().cycle().skip(from).take(found.len().min(PEERS_MAX));
+        drawn.map(|line| line.hello.member.clone()).collect()
     }
 
     /// Somebody asks for a run. Who says to be a member must come from where that member's line comes from.

@@ -1,5 +1,7 @@
 //! The seeder's layers, given as the tracker says and no faster than the seeder may send.
 
+mod sections;
+
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::ops::Range;
@@ -15,6 +17,7 @@ use proto::drover::seeder::v1::{Layer, StatusResponse};
 use swarm::{LayerKey, PeerId, Rate};
 use tokio::time::Instant;
 
+use self::sections::Sections;
 use super::Tracker;
 use super::book::Decision;
 use crate::ingest::Ingester;
@@ -29,6 +32,10 @@ const PIECE_LEN: usize = 64 << 10;
 const DEBT_MAX: Duration = Duration::from_secs(1);
 /// When a node may ask again whether it can follow an ingest: its resolve tells it first if that ends.
 const FOLLOW_RETRY: Duration = Duration::from_secs(2);
+/// Sending somebody elsewhere costs as much as so many bytes.
+const SECTION_SMALL: u64 = 64 << 10;
+/// When somebody of those that get a section may have it, and is named to others.
+const SECTION_RETRY: Duration = Duration::from_millis(150);
 
 /// Serves the layers of an ingester: members of a layer's mesh get what the tracker says, all others everything.
 #[derive(Clone, Debug)]
@@ -38,6 +45,9 @@ pub struct Gate {
     upload: Arc<Upload>,
     /// Blobs whose ingest a node of the mesh follows.
     followed: Arc<Mutex<HashSet<Digest>>>,
+    sections: Sections,
+    /// Sections of no more bytes are given to all.
+    pub(super) section_small: u64,
 }
 
 /// What leaves this machine as chunks.
@@ -54,7 +64,14 @@ impl Gate {
     pub fn new(ingester: Ingester, tracker: Tracker, bytes_per_sec: u64) -> Self {
         let rate = Mutex::new(Rate::new(bytes_per_sec));
         let upload = Arc::new(Upload { rate, epoch: Instant::now(), sent_bytes: Mutex::default() });
-        Self { ingester, tracker, upload, followed: Arc::default() }
+        Self {
+            ingester,
+            tracker,
+            upload,
+            followed: Arc::default(),
+            sections: Sections::default(),
+            section_small: SECTION_SMALL,
+        }
     }
 
     /// Who is in the mesh, and what was given.
@@ -96,6 +113,23 @@ impl Gate {
         Ok(self.upload.carry(blob, given?, grant, |grant| grant.is_whole = true))
     }
 
+    /// N nodes that want an image must not cost N copies of its indexes either: the first few get a section, all others are sent
+    /// to who has it.
+    async fn give_section(&self, blob: Digest, section: Section, asker: Asker) -> Result<SectionBody, ServeError> {
+        let mut body = self.ingester.section(blob, section, asker).await?;
+        let member = self.tracker.with(|book, _| book.on_line(&asker));
+        let Some(member) = member.filter(|_| body.size > self.section_small) else { return Ok(body) };
+        let has = self.sections.with_it(blob, section);
+        let peers = self.tracker.with(|book, _| book.holders(blob, &has, &member, section == Section::Spans));
+        let turned = |peers| ServeError::Busy(Turned { retry_after: SECTION_RETRY, peers });
+        if !peers.is_empty() {
+            return Err(turned(peers));
+        }
+        let place = self.sections.place(blob, section, member).ok_or_else(|| turned(Vec::new()))?;
+        body.held = Some(Box::new(place));
+        Ok(body)
+    }
+
     /// N nodes that want an image that nobody knows must not cost N copies: one of them gets its chunks as they come, the
     /// others get them from it, and from each other, once the index is there.
     async fn give_as_it_comes(&self, blob: Digest, asker: Asker) -> Result<Frames, ServeError> {
@@ -117,8 +151,8 @@ impl LayerServer for Gate {
         self.ingester.header(blob)
     }
 
-    fn section(&self, blob: Digest, section: Section) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
-        self.ingester.section(blob, section)
+    fn section(&self, blob: Digest, section: Section, asker: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+        Box::pin(self.give_section(blob, section, asker))
     }
 
     fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {

@@ -1,8 +1,12 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use layer::Digest;
+use layer::index::{Section, check_section};
 use proto::drover::mesh::v1::tracker_client::TrackerClient;
 use proto::drover::mesh::v1::{Assign, FromSeeder, Haves, Hello, Introduce, ToSeeder, from_seeder, to_seeder};
 use tokio::sync::mpsc;
@@ -11,12 +15,15 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status, Streaming};
 
 use super::*;
+use crate::config::SeederAddresses;
 use crate::ingest::tests::{Sample, finished, ingester};
 use crate::ingest::{Phase, control};
+use crate::mesh::Asker;
 use crate::registry::fake::FakeRegistry;
 use crate::security::Security;
-use crate::serve::{self, Limits, Listener};
-use crate::source::BlobRef;
+use crate::seeder;
+use crate::serve::{self, Frames, LayerServer, Limits, Listener, SectionBody, ServeError};
+use crate::source::{BlobRef, BoxFuture};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -36,11 +43,15 @@ impl Seeder {
     }
 
     async fn with_upload(bytes_per_sec: u64) -> Self {
+        Self::with(|ingester, tracker| Gate::new(ingester, tracker, bytes_per_sec)).await
+    }
+
+    async fn with(gate: impl FnOnce(Ingester, Tracker) -> Gate) -> Self {
         let (registry, root) = (FakeRegistry::start().await, tempfile::tempdir().unwrap());
         let ingester = ingester(root.path(), &registry, &Security::Off);
         let stop = CancellationToken::new();
         let tracker = Tracker::start(ingester.clone(), stop.clone());
-        let gate = Gate::new(ingester.clone(), tracker.clone(), bytes_per_sec);
+        let gate = gate(ingester.clone(), tracker.clone());
         let router = serve::router(Arc::new(gate), 64);
         let router = control::route(router, ingester.clone());
         let router = route(router, tracker.clone());
@@ -377,4 +388,76 @@ async fn no_more_is_sent_than_the_limit_allows() {
     }
     let allowed = (began.elapsed().as_secs_f64() + 0.2) * f64::from(2 << 20) + f64::from(64 << 10);
     assert!(sent > 0 && (sent as f64) <= allowed, "{sent} of {allowed}");
+}
+
+/// A node that gives index sections, or wrong ones.
+struct Giver {
+    ingester: Ingester,
+    lies: bool,
+    given: Arc<AtomicUsize>,
+}
+
+impl LayerServer for Giver {
+    fn header(&self, blob: Digest) -> BoxFuture<'_, Result<Bytes, ServeError>> {
+        self.ingester.header(blob)
+    }
+
+    fn section(&self, blob: Digest, section: Section, asker: Asker) -> BoxFuture<'_, Result<SectionBody, ServeError>> {
+        self.given.fetch_add(1, Ordering::Relaxed);
+        let section = if self.lies { Section::Entries } else { section };
+        self.ingester.section(blob, section, asker)
+    }
+
+    fn chunks(&self, _: Digest, _: Range<u32>, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(async { Err(ServeError::Unknown) })
+    }
+
+    fn follow(&self, _: Digest, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(async { Err(ServeError::Unknown) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn index_sections_come_from_who_has_the_layer() {
+    let seeder = Seeder::with(|ingester, tracker| {
+        let mut gate = Gate::new(ingester, tracker, 0);
+        gate.section_small = 0;
+        gate
+    })
+    .await;
+    let (blob, count) = seeder.layer(9).await;
+    let header = seeder.ingester.known(blob.digest).await.unwrap().header().clone();
+    let client = |port: u16| {
+        let addresses = SeederAddresses::new([seeder.address.to_string()]).unwrap();
+        let client = seeder::Client::new(&addresses, Security::Off, seeder::Options::default());
+        client.own_address().set(Some(SocketAddr::from(([127, 0, 0, 1], port))));
+        client
+    };
+    let _asker = seeder.line(4002).await;
+    let fetch = async || {
+        let section = Section::ChunkDigests;
+        let bytes = client(4002).section(&header, section).await.unwrap();
+        check_section(&header, section, &bytes).unwrap();
+    };
+    // Nobody else has it.
+    fetch().await;
+    for lies in [false, true] {
+        let given = Arc::new(AtomicUsize::new(0));
+        let giver = Giver { ingester: seeder.ingester.clone(), lies, given: Arc::clone(&given) };
+        let listener = Listener::bind("127.0.0.1:0", &Security::Off, Limits::default()).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let stop = CancellationToken::new();
+        let _stop = stop.clone().drop_guard();
+        tokio::spawn(listener.serve(serve::router(Arc::new(giver), 8), stop));
+        let line = seeder.line(port).await;
+        line.join(blob.digest, &[0, count]).await;
+        seeder.until("it joins", |tracker| tracker.members() == [(blob.digest, 1)]).await;
+        fetch().await;
+        assert_eq!(given.load(Ordering::Relaxed), 1, "lies: {lies}");
+        // Who is on no line is not sent away.
+        client(4003).section(&header, Section::ChunkDigests).await.unwrap();
+        assert_eq!(given.load(Ordering::Relaxed), 1);
+        line.say(to_seeder::Message::Leave(blob.digest.as_bytes().to_vec())).await;
+        seeder.until("it leaves", |tracker| tracker.members().is_empty()).await;
+    }
 }
