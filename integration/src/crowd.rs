@@ -83,24 +83,11 @@ impl Crowd {
     /// whole image.
     pub fn start(&self, scene: &Scene, subject: &Subject, to_the_end: bool) -> Result<Outcome> {
         let before = self.flows(scene)?;
-        let starts = self.start_each(scene, subject, to_the_end)?;
+        let nodes: Vec<_> = self.nodes.iter().collect();
+        let starts = start_each(scene, &nodes, self.case.way(), subject, to_the_end).into_iter().zip(&nodes);
+        let named = |node: &Node| format!("{}: {:?}", self.case.label(), node.place());
+        let starts = starts.map(|(start, node)| start.with_context(|| named(node))).collect::<Result<_>>()?;
         Ok(Outcome { case: self.case, starts, flows: self.flows(scene)?.since(&before) })
-    }
-
-    fn start_each(&self, scene: &Scene, subject: &Subject, to_the_end: bool) -> Result<Vec<Start>> {
-        let (gate, way) = (Barrier::new(self.nodes.len()), self.case.way());
-        let one = |node: &Node| {
-            gate.wait();
-            measure::start(scene, node, way, subject, to_the_end, &|_| {})
-        };
-        std::thread::scope(|scope| {
-            let starts: Vec<_> = self.nodes.iter().map(|node| scope.spawn(|| one(node))).collect();
-            let starts = starts.into_iter().zip(&self.nodes).map(|(start, node)| {
-                let start = start.join().map_err(|_| anyhow!("the thread of a node panicked"))?;
-                start.with_context(|| format!("{}: {:?}", self.case.label(), node.place()))
-            });
-            starts.collect()
-        })
     }
 
     /// What all links have carried so far.
@@ -117,6 +104,20 @@ impl Crowd {
             nodes: nodes.map(|node| traffic(node.place(), Link::Switch)).collect::<Result<_>>()?,
         })
     }
+}
+
+/// Starts the subject on `nodes` at once, as [`measure::start`] does on one; the results are in the order of the nodes.
+pub fn start_each(scene: &Scene, nodes: &[&Node], way: Way, subject: &Subject, to_the_end: bool) -> Vec<Result<Start>> {
+    let gate = Barrier::new(nodes.len());
+    let one = |node: &Node| {
+        gate.wait();
+        measure::start(scene, node, way, subject, to_the_end, &|_| {})
+    };
+    std::thread::scope(|scope| {
+        let starts: Vec<_> = nodes.iter().map(|node| scope.spawn(|| one(node))).collect();
+        let panicked = |_| Err(anyhow!("the thread of a node panicked"));
+        starts.into_iter().map(|start| start.join().unwrap_or_else(panicked)).collect()
+    })
 }
 
 /// What the start of a crowd took.
@@ -212,6 +213,11 @@ impl Progress {
             }
         }
         Ok(progress)
+    }
+
+    /// Bytes that came from sources of one kind.
+    pub fn from(&self, source: &str) -> u64 {
+        self.by_source.get(source).copied().unwrap_or(0)
     }
 }
 

@@ -21,6 +21,9 @@ pub const LOG: &str = "DROVER_LAB_LOG";
 /// The seeder's port.
 const PORT: u16 = 7070;
 
+/// What both daemons leave free: everything else on this disk is none of the lab's business, and tests must not depend on it.
+pub(crate) const KEEP_FREE: &str = "[cache]\nkeep_free = \"256MiB\"\n";
+
 /// How long a daemon may take until it answers.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -86,6 +89,7 @@ impl Seeder {
         let mut text = format!("listen = \"{address}\"\nroot = \"{}\"\n", folder.join("store").display());
         text.push_str(&cluster.of_seeder());
         text.push_str(&registry_entry(plain_registry));
+        text.push_str(KEEP_FREE);
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = network.command(Place::Seeder, &tools.seeder);
         command.arg("serve").arg("--config").arg(&config);

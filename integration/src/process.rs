@@ -111,11 +111,14 @@ impl Daemon {
         // Stopped first: two processes that restart each other must both die.
         let all = descendants(self.pid());
         for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
-            for pid in &all {
-                let _ = kill(Pid::from_raw(*pid as i32), signal);
-            }
+            send(&all, signal);
         }
         let _ = self.child.wait();
+    }
+
+    /// Freezes the process and its descendants (SIGSTOP), or lets them go on.
+    pub fn freeze(&self, frozen: bool) {
+        send(&descendants(self.pid()), if frozen { Signal::SIGSTOP } else { Signal::SIGCONT });
     }
 
     /// Asks it to end with SIGTERM, waits, and kills it when it does not.
@@ -129,9 +132,7 @@ impl Daemon {
         }
         let left = || all.iter().any(|pid| is_alive(*pid));
         if wait_for("end of its children", STOP_DEADLINE, || !left()).is_err() {
-            for pid in &all {
-                let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
-            }
+            send(&all, Signal::SIGKILL);
         }
     }
 
@@ -215,6 +216,12 @@ fn descendants(pid: u32) -> Vec<u32> {
         next += 1;
     }
     all
+}
+
+fn send(pids: &[u32], signal: Signal) {
+    for pid in pids {
+        let _ = kill(Pid::from_raw(*pid as i32), signal);
+    }
 }
 
 fn is_alive(pid: u32) -> bool {

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::containerd::{Containerd, Cri, Setup};
 use crate::disk::Disk;
-use crate::drover::{Cluster, Seeder, Snapshotter};
+use crate::drover::{Cluster, KEEP_FREE, Seeder, Snapshotter};
 use crate::network::{Host, Network, Place};
 use crate::process::{self, Daemon, wait_for};
 use crate::registry::Registry;
@@ -121,6 +121,9 @@ impl Scene {
         if let Kind::Drover(setup) = kind {
             cri = setup.cri;
             let root = setup.disk.map_or(node.folder.join("drover"), |disk| disk.path().to_owned()).join("store");
+            // A small disk is the test's own.
+            let extra =
+                if setup.disk.is_none() { format!("{KEEP_FREE}{}", setup.extra) } else { setup.extra.to_owned() };
             let cluster = self.cluster()?;
             // A node starts whether there is a seeder or not.
             let seeder = format!("{}:7070", self.network.address(Place::Seeder));
@@ -135,7 +138,7 @@ impl Scene {
                 &node.containerd_socket,
                 &seeder,
                 plain_registry.as_deref(),
-                setup.extra,
+                &extra,
             )?;
             drop_in = Some(our_drop_in(self.tools.release, &snapshotter, setup.remaps_ids)?);
             node.snapshotter = Some(snapshotter);
