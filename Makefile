@@ -3,6 +3,7 @@
 #   make demo           the demonstration (IMAGE=... CMD=... for another image, SPEED=... Mbit/s)
 #   make demo-mesh      the demonstration on several nodes at once (NODES=..., SPEED=..., REGISTRY_SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
+#   make test-mesh      of that: nodes that give each other chunks, and machines of the mesh that fail
 #   make check          format, lints, licences, documentation
 #   make fuzz           every fuzz target for FUZZ_SECONDS
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
@@ -74,8 +75,8 @@ demo-mesh: bench-programs
 # A text as one word of the shell.
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: test test-unit test-fuse test-containerd
-test: setup test-unit test-fuse test-containerd
+.PHONY: test test-unit test-fuse test-containerd test-mesh
+test: setup test-unit test-fuse test-containerd test-mesh
 
 # All tests are built with the packages of the whole workspace, the daemons too: with a selection of packages some dependencies
 # would have other features, and most would be built again for each selection.
@@ -94,6 +95,12 @@ test-fuse: setup
 test-containerd: setup
 	$(CARGO) build --workspace --bins --tests
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test snapshots --test containerd --test pull --test trouble --test clients --test registries
+
+# The mesh on the real programs: every test has a registry, a seeder and some nodes with a containerd each, so that more than two
+# tests at once take more memory than time.
+test-mesh: setup
+	$(CARGO) build --workspace --bins --tests
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test mesh -- --test-threads=2
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc
