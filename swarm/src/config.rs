@@ -14,7 +14,8 @@ pub struct Config {
     pub rest_min: Duration,
     /// The longest rest of a source.
     pub rest_max: Duration,
-    /// The longest rest of a source when somebody waits: a source that is back must be noticed well within a deadline.
+    /// The longest rest of a source when somebody waits: a source that is back must be noticed well within a deadline. A neighbour, for
+    /// whom there are others, rests up to `rest_max`.
     pub demand_rest_max: Duration,
     /// How long a source is not asked again for a chunk that it did not have; doubled each time.
     pub missing_pause_min: Duration,
@@ -70,7 +71,8 @@ pub struct Config {
     pub peer_hedge_after_min: Duration,
     /// A neighbour is late after this at the latest, and while little was learned.
     pub peer_hedge_after_max: Duration,
-    /// A neighbour that gives nothing of a background run for so long loses it, and rests.
+    /// A neighbour that gives nothing of a background run for so long loses it, and rests. One that gives nothing at all for so long,
+    /// and a seeder after twice that, loses all that it was asked for.
     pub peer_stall: Duration,
     /// A seeder of a mesh, which keeps its line short, is late with demand after this.
     pub seeder_hedge_after: Duration,

@@ -17,7 +17,7 @@ pub(crate) struct Source {
     failing_since: Option<Duration>,
     rest_until: Duration,
     demand_rest_until: Duration,
-    last_progress: Option<Duration>,
+    pub(crate) last_progress: Option<Duration>,
     /// It said that it has enough to do; no fault.
     busy_until: Duration,
     /// Since when it says nothing else.
@@ -183,9 +183,11 @@ impl Source {
         self.failing_since.get_or_insert(now);
         let spread = |rest: Duration| rest * (192 + u32::from(jitter) / 2) / 256;
         let rest = doubled(config.rest_min, self.failures);
+        // What a neighbour has is elsewhere too: at the seeder, if not at others.
+        let demand_rest_max = if self.kind == SourceKind::Peer { config.rest_max } else { config.demand_rest_max };
         let asked = retry_after.unwrap_or_default().min(config.rest_max);
         self.rest_until = now + spread(rest.min(config.rest_max)).max(asked);
-        self.demand_rest_until = now + spread(rest.min(config.demand_rest_max)).max(asked);
+        self.demand_rest_until = now + spread(rest.min(demand_rest_max)).max(asked);
     }
 
     /// How long one of its fetches may make no progress before its chunks are asked elsewhere.

@@ -699,7 +699,12 @@ impl Swarm {
             let source = self.sources.get(&fetch.source).filter(|_| is_demand);
             source.map(|source| source.hedge_after(&self.config, self.now))
         };
-        let at = after.filter(|_| !fetch.is_hedge).map(|after| self.now + after);
+        let after = match fetch.is_hedge {
+            false => after,
+            // Not asked a third time, but not waited for without end either.
+            true => fetch.in_mesh.then_some(self.config.peer_stall),
+        };
+        let at = after.map(|after| self.now + after);
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
     }
 
@@ -713,6 +718,14 @@ impl Swarm {
             // Nobody waits for it, so it is not asked twice but elsewhere.
             self.blame(late, None);
             self.cancel_fetch(id);
+            return;
+        }
+        if self.is_mute(fetch) {
+            self.leave(late);
+            return;
+        }
+        if fetch.is_hedge {
+            self.arm_hedge(id);
             return;
         }
         let is_alone = |chunk: u32| {
@@ -741,6 +754,23 @@ impl Swarm {
             self.blame(late, None);
         }
         self.arm_hedge(id);
+    }
+
+    /// Whether a machine of the mesh has given nothing at all for so long that all that it was asked for is better asked elsewhere,
+    /// whatever that costs. Bytes that make up no chunk count for nothing.
+    fn is_mute(&self, fetch: &Fetch) -> bool {
+        let Some(source) = self.sources.get(&fetch.source).filter(|_| fetch.in_mesh) else { return false };
+        let patience =
+            if source.kind == SourceKind::Seeder { self.config.peer_stall * 2 } else { self.config.peer_stall };
+        source.last_progress.unwrap_or_default().max(fetch.last_progress) + patience <= self.now
+    }
+
+    /// Asks elsewhere for all that a machine of the mesh was asked for.
+    fn leave(&mut self, source: SourceId) {
+        self.blame(source, None);
+        let is_left = |fetch: &Fetch| fetch.source == source && fetch.in_mesh;
+        let left: Vec<FetchId> = self.fetches.iter().filter(|(_, fetch)| is_left(fetch)).map(|(id, _)| *id).collect();
+        left.into_iter().for_each(|id| self.cancel_fetch(id));
     }
 
     fn choose_hedge(&self, book: &Book, chunk: u32, late: SourceId) -> Choice {

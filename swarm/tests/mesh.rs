@@ -131,6 +131,34 @@ fn a_silent_neighbour_is_hedged_before_a_reader_notices() {
     assert!([SourceId(11), other].contains(&second[0].1));
 }
 
+/// It was asked for more than may be asked twice, and a second one that is asked in its place is silent as well.
+#[test]
+fn nobody_waits_long_for_silent_neighbours() {
+    let mut swarm = core(Config::default());
+    let silent = [neighbour(&mut swarm, 11, 1, 0..CHUNKS), neighbour(&mut swarm, 12, 1, 0..CHUNKS)];
+    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Demand, ms(20_000));
+    let mut missing: BTreeSet<u32> = (0..CHUNKS).collect();
+    let is_over = |now: &Duration| {
+        swarm.handle_timeout(*now);
+        if *now == ms(500) {
+            neighbour(&mut swarm, 13, 1, 0..CHUNKS);
+        }
+        for (fetch, source, run) in fetches(&mut swarm, *now) {
+            if source == SourceId(13) {
+                for chunk in run {
+                    swarm.on_chunk(*now, fetch, chunk, Verdict::Verified);
+                    missing.remove(&chunk);
+                }
+                swarm.on_end(*now, fetch, Outcome::Done);
+            }
+            assert!(silent.contains(&source) || [SourceId(13), SEEDER].contains(&source), "{source:?}");
+        }
+        missing.is_empty()
+    };
+    let at = (0..20_000).step_by(10).map(ms).find(is_over);
+    assert!(at.is_some_and(|at| at <= ms(2500)), "{at:?}");
+}
+
 #[test]
 fn a_late_neighbour_is_no_reason_to_ask_the_registry() {
     let mut swarm = core(Config::default());
