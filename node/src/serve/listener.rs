@@ -1,8 +1,10 @@
-//! Accepts connections and keeps their bounds: how many, how long a handshake, a header or a stalled write may take.
+//! Accepts connections and keeps their bounds: how many, how many of one address, how long a handshake, a header or a stalled write
+//! may take.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -13,11 +15,12 @@ use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::Sleep;
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -37,15 +40,18 @@ const STREAMS_MAX: u32 = 256;
 /// How often an HTTP/2 connection is asked for a sign of life, and how long it may take to give one. The lines of the mesh are
 /// such connections: a node that is frozen must not be named to others for long.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// One address has at most this part of all connections: one machine that opens more and more leaves room for the others.
+const PART_OF_ONE: usize = 4;
 /// Time to finish what is under way after the order to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
 /// Bounds of a [`Listener`].
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at the same time; more wait in the kernel's queue.
+    /// Connections at the same time; more wait in the kernel's queue. Where an address has a quarter of them, more of it are closed
+    /// at once.
     pub connections: usize,
-    /// Time for a TLS handshake.
+    /// Time for the first byte, and for a TLS handshake.
     pub handshake_timeout: Duration,
     /// Time for the head of a request, and how long a connection may idle between two.
     pub idle_timeout: Duration,
@@ -112,6 +118,7 @@ impl Listener {
     /// Serves until `stop`, then lets requests under way finish for a few seconds.
     pub async fn serve(self, router: Router, stop: CancellationToken) {
         let (connections, tracker) = (Arc::new(Semaphore::new(self.limits.connections)), TaskTracker::new());
+        let callers = Callers { of_one: self.limits.connections.div_ceil(PART_OF_ONE), open: Arc::default() };
         loop {
             let accepted = async {
                 let permit = Arc::clone(&connections).acquire_owned().await.map_err(io::Error::other)?;
@@ -129,10 +136,12 @@ impl Listener {
                     }
                 },
             };
+            let Some(caller) = callers.enter(peer.ip().to_canonical()) else { continue };
             let (doors, limits, router, stop) = (self.doors.clone(), self.limits, router.clone(), stop.clone());
             let router = router.layer(Extension(Remote(peer)));
             tracker.spawn(async move {
-                if let Err(error) = connection(stream, doors, limits, router, stop, permit).await {
+                let _held = (permit, caller);
+                if let Err(error) = connection(stream, doors, limits, router, stop).await {
                     tracing::debug!(%peer, %error, "connection ends");
                 }
             });
@@ -175,11 +184,10 @@ async fn connection(
     limits: Limits,
     router: Router,
     stop: CancellationToken,
-    _permit: OwnedSemaphorePermit,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut first = [0; 1];
-    let peeked = tokio::time::timeout(limits.idle_timeout, stream.peek(&mut first));
+    let peeked = tokio::time::timeout(limits.handshake_timeout, stream.peek(&mut first));
     if peeked.await.map_err(|_| io::ErrorKind::TimedOut)?? == 0 {
         return Ok(());
     }
@@ -204,6 +212,53 @@ async fn connection(
         None => router,
     };
     http(stream, limits, router, stop).await
+}
+
+/// How many connections each address has.
+#[derive(Clone)]
+struct Callers {
+    of_one: usize,
+    open: Arc<Mutex<HashMap<IpAddr, Open>>>,
+}
+
+#[derive(Default)]
+struct Open {
+    connections: usize,
+    is_said: bool,
+}
+
+/// A connection of an address, until this is dropped.
+struct Caller {
+    callers: Callers,
+    address: IpAddr,
+}
+
+impl Callers {
+    /// `None`: the address has enough.
+    fn enter(&self, address: IpAddr) -> Option<Caller> {
+        let mut open = self.open.lock();
+        let of_address = open.entry(address).or_default();
+        if of_address.connections >= self.of_one {
+            if !std::mem::replace(&mut of_address.is_said, true) {
+                tracing::warn!(%address, connections = self.of_one, "this machine opens more connections than one may: more are closed");
+            }
+            return None;
+        }
+        of_address.connections += 1;
+        Some(Caller { callers: self.clone(), address })
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        let mut open = self.callers.open.lock();
+        if let Some(of_address) = open.get_mut(&self.address) {
+            of_address.connections -= 1;
+            if of_address.connections == 0 {
+                open.remove(&self.address);
+            }
+        }
+    }
 }
 
 impl Doors {
