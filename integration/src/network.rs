@@ -8,6 +8,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
@@ -143,6 +144,44 @@ impl Network {
         }
     }
 
+    /// Lets `place` send only so many bytes per second to the switch, until [`Network::set_speed`] is called. What it receives
+    /// comes as before.
+    pub fn throttle(&self, place: Place, bytes_per_second: u32) -> Result<()> {
+        match self {
+            Self::Hosts(_) => throttle(place, bytes_per_second),
+            Self::Machine => Ok(()),
+        }
+    }
+
+    /// Cuts the network in two, `apart` and all others, without a word to anybody; each part is a network. When `is_split` is
+    /// false, `apart` is put together with the others again.
+    pub fn split(&self, apart: &[Place], is_split: bool) -> Result<()> {
+        let switch = if is_split { "br1" } else { "br0" };
+        let mut text = String::from("set -e\n");
+        if is_split {
+            text.push_str("ip -n switch link add br1 type bridge 2>/dev/null || true\nip -n switch link set br1 up\n");
+        }
+        for place in apart {
+            text.push_str(&format!("ip -n switch link set {} master {switch}\n", place.port()));
+        }
+        script(&text).with_context(|| format!("cannot put {apart:?} on {switch}"))
+    }
+
+    /// Runs `work` on a thread of its own, whose sockets are at `place`.
+    pub fn at<T: Send + 'static>(
+        &self,
+        place: Place,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> JoinHandle<Result<T>> {
+        let enters = matches!(self, Self::Hosts(_));
+        std::thread::spawn(move || {
+            if enters {
+                enter(place)?;
+            }
+            work()
+        })
+    }
+
     /// Lets the switch drop everything from and to `place`, without a word to anybody, until `isolated` is false again.
     pub fn isolate(&self, place: Place, isolated: bool) -> Result<()> {
         // States of a bridge's port: disabled, and forwarding.
@@ -259,6 +298,26 @@ fn shape(places: &[Place], megabits: u32) -> Result<()> {
     script(&text).context("cannot set the speed of the lab's links")
 }
 
+fn throttle(place: Place, bytes_per_second: u32) -> Result<()> {
+    let (namespace, device) = (place.namespace(), Link::Switch.device());
+    // Room for two packets: what is in the queue would be sent first.
+    script(&format!(
+        "set -e\n\
+         tc -n {namespace} qdisc del dev {device} root 2>/dev/null || true\n\
+         tc -n {namespace} qdisc add dev {device} root handle 1: htb default 1\n\
+         tc -n {namespace} class add dev {device} parent 1: classid 1:1 htb rate {bytes_per_second}bps burst 1600 cburst 1600 quantum 1600\n\
+         tc -n {namespace} qdisc add dev {device} parent 1:1 handle 2: bfifo limit 3200\n"
+    ))
+    .with_context(|| format!("cannot slow {place:?} down"))
+}
+
+/// From here on the sockets of this thread are at `place`, and `/proc/thread-self/net` is of it.
+fn enter(place: Place) -> Result<()> {
+    let path = Path::new(NAMESPACES).join(place.namespace());
+    let namespace = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    setns(namespace, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter {}", path.display()))
+}
+
 fn script(text: &str) -> Result<()> {
     run(Command::new("sh").args(["-c", text])).context("cannot change the lab's network")?;
     Ok(())
@@ -296,11 +355,9 @@ impl Counter {
 
     /// Bytes that came and went since the link was made.
     pub fn traffic(self) -> Result<Traffic> {
-        let path = Path::new(NAMESPACES).join(self.place.namespace());
-        // A thread of its own enters the namespace: /proc/thread-self/net shows its counters.
-        let read = std::thread::spawn(move || -> Result<String> {
-            let namespace = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-            setns(namespace, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter {}", path.display()))?;
+        let place = self.place;
+        let read = std::thread::spawn(move || {
+            enter(place)?;
             fs::read_to_string("/proc/thread-self/net/dev").context("cannot read interface counters")
         });
         let table = read.join().map_err(|_| anyhow!("the thread that reads counters panicked"))??;

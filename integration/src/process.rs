@@ -168,6 +168,8 @@ pub struct Footprint {
     pub wakes: u64,
     /// Threads.
     pub threads: u64,
+    /// Open files and sockets.
+    pub files: usize,
 }
 
 /// Footprints of a process and all processes below it.
@@ -194,6 +196,7 @@ fn footprint(pid: u32) -> Footprint {
         cpu,
         wakes: wakes.map(|status| number(&status, "voluntary_ctxt_switches")).sum(),
         threads: number(&status, "Threads"),
+        files: fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().count(),
     }
 }
 

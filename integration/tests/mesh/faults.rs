@@ -15,13 +15,13 @@ use lab::scene::Node;
 use crate::{NODES, Stage};
 
 /// Speed of all links, in Mbit/s, at which something can fail while the image comes.
-const SLOW: u32 = 40;
+pub(crate) const SLOW: u32 = 40;
 
 /// When something has come, but by far not all.
-const SOME: u64 = 2 << 20;
+pub(crate) const SOME: u64 = 2 << 20;
 
 /// How long the first bytes may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a neighbour fails.
 #[derive(Clone, Copy, Debug)]
@@ -155,7 +155,7 @@ fn a_node_whose_disk_rots_harms_nobody() {
 }
 
 /// Waits until `node` has given something to others and taken something from them.
-fn wait_until_it_gives(stage: &Stage, node: &Node) -> Result<()> {
+pub(crate) fn wait_until_it_gives(stage: &Stage, node: &Node) -> Result<()> {
     let counter = stage.scene.network.counter(node.place(), Link::Switch).context("no counters")?;
     let mut last = None;
     let gives = wait_for("a node gives to others", PATIENCE, || {
@@ -169,7 +169,7 @@ fn wait_until_it_gives(stage: &Stage, node: &Node) -> Result<()> {
 }
 
 /// A fault that comes too late shows nothing.
-fn still_reading(readers: &mut [std::process::Child]) -> Result<()> {
+pub(crate) fn still_reading(readers: &mut [std::process::Child]) -> Result<()> {
     for reader in readers {
         ensure!(reader.try_wait()?.is_none(), "a container had read everything before anything failed");
     }

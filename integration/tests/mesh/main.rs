@@ -2,9 +2,15 @@
 //! every test runs in a sandbox of its own (see `lab::sandbox`).
 
 mod faults;
+mod flood;
+mod rogue;
+mod rogues;
+mod slow;
+mod splits;
 mod strangers;
 
 use std::process::Child;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::crowd::{Case, Crowd, Outcome, Progress};
@@ -20,6 +26,9 @@ const NODES: usize = 4;
 
 /// Bytes of the image's large file.
 const SIZE: usize = 24 << 20;
+
+/// The port of nodes.
+pub(crate) const PORT: u16 = 7071;
 
 /// What one copy is counted as at most: headers, TLS, manifests and indexes come on top of a layer.
 const ONE: f64 = 1.02;
@@ -90,6 +99,41 @@ impl Stage {
         let containerd = node.containerd();
         let mut command = containerd.container(&self.scene.network, way, &self.subject.reference, "reader", &program);
         command.spawn().context("cannot start ctr")
+    }
+
+    /// Starts such a container on each node.
+    pub(crate) fn read_all(&self, nodes: &[Node]) -> Result<Vec<Child>> {
+        nodes.iter().map(|node| self.read(node)).collect()
+    }
+
+    /// Waits for all of them as [`Stage::end`] does. Gives how long at most nothing came to a node that had not all: what a reader
+    /// may have stalled.
+    pub(crate) fn end_all(&self, nodes: &[Node], mut readers: Vec<Child>) -> Result<Duration> {
+        let mut longest = Duration::ZERO;
+        let mut seen = vec![(0, Instant::now()); nodes.len()];
+        loop {
+            let mut is_over = true;
+            for ((node, reader), (here, since)) in nodes.iter().zip(&mut readers).zip(&mut seen) {
+                if reader.try_wait().context("cannot wait for ctr")?.is_some() {
+                    continue;
+                }
+                is_over = false;
+                let progress = Progress::of(node)?;
+                if progress.here != *here {
+                    (*here, *since) = (progress.here, Instant::now());
+                } else if progress.here < progress.device {
+                    longest = longest.max(since.elapsed());
+                }
+            }
+            if is_over {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        for (node, reader) in nodes.iter().zip(readers) {
+            self.end(node, reader)?;
+        }
+        Ok(longest)
     }
 
     /// Waits for such a container and looks at what it printed.
