@@ -460,7 +460,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_without_a_request_ends() {
-        let limits = Limits { idle_timeout: Duration::from_millis(200), ..Limits::default() };
+        let short = Duration::from_millis(200);
+        let limits = Limits { idle_timeout: short, handshake_timeout: short, ..Limits::default() };
         let serving = serve(1, limits).await;
         for begin in ["", "GET /healthz HTTP/1.1\r\nHo"] {
             let mut idle = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
@@ -469,6 +470,35 @@ mod tests {
             let ended = tokio::time::timeout(Duration::from_secs(20), idle.read_to_end(&mut answer)).await;
             assert!(ended.is_ok(), "it stays open");
         }
+    }
+
+    #[tokio::test]
+    async fn one_address_cannot_take_all_connections() {
+        let serving = serve(1, Limits { connections: 8, ..Limits::default() }).await;
+        let connect = async |from: &str| {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.bind(format!("{from}:0").parse().unwrap()).unwrap();
+            socket.connect(serving.address.parse().unwrap()).await.unwrap()
+        };
+        let mut open = vec![connect("127.0.0.2").await, connect("127.0.0.2").await];
+        for _ in 0..20 {
+            let ended = connect("127.0.0.2").await.read_to_end(&mut Vec::new()).await;
+            // It may also be reset.
+            assert!(ended.is_err() || ended.is_ok_and(|bytes| bytes == 0));
+        }
+        let is_served = async |stream: &mut tokio::net::TcpStream| {
+            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            answer.starts_with(b"HTTP/1.1 200")
+        };
+        assert!(is_served(&mut connect("127.0.0.3").await).await);
+        for stream in &mut open {
+            assert!(is_served(stream).await);
+        }
+        // Those that ended leave room.
+        let room = async { while !is_served(&mut connect("127.0.0.2").await).await {} };
+        tokio::time::timeout(Duration::from_secs(20), room).await.expect("there is room again");
     }
 
     #[test]
