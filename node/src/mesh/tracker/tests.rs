@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -220,6 +220,58 @@ async fn every_chunk_is_assigned_and_others_are_pointed_to_who_got_it() {
     for stranger in [None, Some(4003)] {
         assert_eq!(seeder.get(blob.digest, "chunks/5-6", stranger).await.0, 200);
     }
+}
+
+/// What the seeder gave out, and whom each node met.
+#[derive(Default)]
+struct Meeting {
+    given: Vec<Range<u32>>,
+    met: BTreeMap<u16, BTreeSet<String>>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thirty_nodes_that_join_at_once_share_the_first_copies() {
+    const NODES: u16 = 30;
+    let seeder = Arc::new(Seeder::start().await);
+    let (blob, count) = seeder.layer(10).await;
+    let shared = Arc::new(Mutex::new(Meeting::default()));
+    let mut nodes = tokio::task::JoinSet::new();
+    for port in 5000..5000 + NODES {
+        let (seeder, shared) = (Arc::clone(&seeder), Arc::clone(&shared));
+        nodes.spawn(async move {
+            let mut line = seeder.line(port).await;
+            line.join(blob.digest, &[]).await;
+            loop {
+                match line.next().await {
+                    from_seeder::Message::Introduce(introduced) => {
+                        let met = introduced.peer.unwrap().address;
+                        shared.lock().met.entry(port).or_default().insert(met);
+                    }
+                    from_seeder::Message::Assign(Assign { first, end, from: None, .. }) => {
+                        let what = format!("chunks/{first}-{end}");
+                        if seeder.get(blob.digest, &what, Some(port)).await.0 == 200 {
+                            shared.lock().given.push(first..end);
+                            line.say(to_seeder::Message::Report(haves(blob.digest, &[first, end]))).await;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        });
+    }
+    let all_given =
+        |shared: &Meeting| shared.given.iter().cloned().flatten().collect::<BTreeSet<u32>>().len() as u32 == count;
+    let is_over = |tracker: &Tracker| {
+        let shared = shared.lock();
+        all_given(&shared)
+            && shared.met.len() == usize::from(NODES)
+            && tracker.members() == [(blob.digest, usize::from(NODES))]
+    };
+    seeder.until("all join, everybody meets somebody, and every chunk is given", is_over).await;
+    let shared = shared.lock();
+    // A chunk that is not reported within seconds is given anew.
+    let given: u32 = shared.given.iter().map(|run| run.end - run.start).sum();
+    assert!(given <= 2 * count, "{given} chunks of {count}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
