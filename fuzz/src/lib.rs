@@ -2,6 +2,7 @@
 //!
 //! - [`layer`]: blobs, archives, indexes, EROFS images and wire forms.
 //! - [`answers`]: what registries, token servers and credential helpers say, and files that an operator wrote.
+//! - [`mesh`]: what nodes, seeders and their neighbours say to each other.
 //! - [`requests`]: what the kernel asks through `/dev/fuse`.
 //!
 //! The corpus is committed: `seed-*` are written by tests of `layer` and `node` (`write_seeds`), `found-*` is the smallest set
@@ -10,4 +11,5 @@
 
 pub mod answers;
 pub mod layer;
+pub mod mesh;
 pub mod requests;

@@ -9,7 +9,7 @@
 //! - [`peer`]: another node, seen from this one: connections to it, and its chunks.
 //! - [`serving`]: what this node gives to others, and to whom when.
 //! - [`tracker`]: the seeder's part.
-//! - `runs`: runs of chunks in messages.
+//! - [`runs`]: runs of chunks in messages.
 
 pub mod asking;
 mod lines;
@@ -17,7 +17,7 @@ pub mod member;
 pub(crate) mod membership;
 mod neighbours;
 pub mod peer;
-pub(crate) mod runs;
+pub mod runs;
 pub mod serving;
 pub mod tracker;
 

@@ -5,7 +5,13 @@ use std::path::{Path, PathBuf};
 
 #[allow(dead_code, unreachable_pub)]
 #[path = "../../fuzz/src/answers.rs"]
-mod targets;
+mod answers;
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../fuzz/src/mesh.rs"]
+mod mesh;
+
+use prost::Message as _;
+use proto::drover::mesh::v1::{Delegate, Haves, Hello, LayerHaves, ToNeighbour, ToSeeder, to_neighbour, to_seeder};
 
 fn corpus(target: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target)
@@ -13,25 +19,34 @@ fn corpus(target: &str) -> PathBuf {
 
 #[test]
 fn answers_corpus() {
+    replay("answers", answers::answers);
+}
+
+#[test]
+fn mesh_corpus() {
+    replay("mesh", mesh::mesh);
+}
+
+fn replay(target: &str, run: fn(&[u8])) {
     let mut count = 0;
-    for file in fs::read_dir(corpus("answers")).expect("corpus") {
+    for file in fs::read_dir(corpus(target)).expect("corpus") {
         let path = file.expect("corpus").path();
         eprintln!("{}", path.display());
         let input = fs::read(&path).expect("corpus");
-        targets::answers(&input);
+        run(&input);
         count += 1;
         if !path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("seed-")) {
             continue;
         }
         // What is cut off or changed must hold as well.
         for at in 0..input.len().min(400) {
-            targets::answers(&input[..at]);
+            run(&input[..at]);
             let mut changed = input.clone();
             changed[at] ^= 1 << (at % 8);
-            targets::answers(&changed);
+            run(&changed);
         }
     }
-    assert!(count > 0, "no inputs");
+    assert!(count > 0, "no inputs for {target}");
 }
 
 /// Writes the seeds. Run it after a change of what the inputs mean.
@@ -75,4 +90,67 @@ fn write_seeds() {
     write("proxy", 8, &[b"http://user:word@proxy.test:3128\n.a.test,10.0.0.0/8,[fd00::]:5,fd00::/129,*.x:5,*"]);
     let config = br#"{"auths":{"https://registry.test:5000/v2/":{"auth":"dXNlcjpw"}},"credsStore":"x","credHelpers":{"registry.test:5000":"y"}}"#;
     write("docker", 9, &[config]);
+}
+
+/// The same for what machines of the mesh say.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_mesh_seeds() {
+    let write = |name: &str, choice: u8, parts: &[&[u8]]| {
+        fs::create_dir_all(corpus("mesh")).expect("corpus");
+        fs::write(corpus("mesh").join(format!("seed-{name}")), [&[choice][..], &parts.concat()].concat())
+            .expect("corpus");
+    };
+    let on = |line: u8, message: &[u8]| [&[line, u8::try_from(message.len()).expect("short")], message].concat();
+    let blob = mesh::blob().as_bytes().to_vec();
+    let haves = |runs: &[u32]| Haves { blob: blob.clone(), runs: runs.to_vec() };
+    let hello = |address: &str| Hello { address: address.to_owned(), zone: "eu-1".to_owned(), leech: false };
+
+    let says = |line: u8, message: to_seeder::Message| on(line, &ToSeeder { message: Some(message) }.encode_to_vec());
+    use to_seeder::Message::{Accuse, Hello as Calls, Join, Leave, Report};
+    let two = [
+        says(0, Calls(hello(":7071"))),
+        says(1, Calls(hello("10.0.0.1:7071"))),
+        says(0, Join(haves(&[]))),
+        says(1, Join(haves(&[0, 3, 5, 64]))),
+        // No message: the node of that line asks for chunks.
+        on(0, &[0xff]),
+        says(0, Report(haves(&[3, 5]))),
+        says(1, Accuse("10.0.0.0:7071".to_owned())),
+        says(0, Leave(blob.clone())),
+        says(1, Calls(hello(":7071"))),
+    ];
+    write("seeder", 0, &[&two.concat()]);
+    let slander: Vec<u8> = (0..5)
+        .flat_map(|line| [says(line, Calls(hello(":7071"))), says(line, Join(haves(&[0, 64])))].concat())
+        .chain((1..5).flat_map(|line| says(line, Accuse("10.0.0.0:7071".to_owned()))))
+        .collect();
+    write("seeder-slander", 0, &[&slander]);
+
+    let tells =
+        |line: u8, message: to_neighbour::Message| on(line, &ToNeighbour { message: Some(message) }.encode_to_vec());
+    use to_neighbour::Message::{Haves as Has, Hello as Greets};
+    let delegates = vec![Delegate { id: 9, zone: 3, beat: 17 }, Delegate { id: u64::MAX, zone: 0, beat: u32::MAX }];
+    let two = [
+        tells(0, Greets(hello("10.0.0.1:7071"))),
+        tells(0, Has(LayerHaves { haves: Some(haves(&[0, 64])), delegates })),
+        tells(1, Has(LayerHaves { haves: Some(haves(&[60, 70, 4_000_000_000, u32::MAX])), delegates: Vec::new() })),
+    ];
+    write("neighbour", 1, &[&two.concat()]);
+
+    let layer = format!("/v1/layers/{}", mesh::blob());
+    let asks =
+        |name: &str, path: &str, headers: &str| write(name, 2, &[format!("{layer}{path}\n{headers}").as_bytes()]);
+    asks("chunks", "/chunks/3-9", "drover-peer: 10.0.0.1:7071\ndrover-priority: demand");
+    asks("chunks-busy", "/chunks/0-64", "drover-peer: [fd00::1]:7071\ndrover-priority: readahead");
+    asks("chunks-outside", "/chunks/63-4294967295", "");
+    asks("section", "/index/entries", "range: bytes=10-19");
+    asks("section-end", "/index/spans", "range: bytes=-5");
+    asks("header", "/index/header", "");
+    asks("follow", "/follow", "drover-peer: x");
+    write(
+        "turned",
+        3,
+        &[b"drover-retry-ms: 1250\ndrover-peers: 10.0.0.1:7071;eu-1.a, [fd00::1]:7071,x\ndrover-peer: 10.0.0.2:1"],
+    );
 }

@@ -47,7 +47,7 @@ impl Asker {
     pub const UNKNOWN: Self = Self { ip: None, peer: None, priority: Priority::Background };
 
     /// Whose connection comes from `ip` and whose request has `headers`. Headers that say nothing sensible count as absent.
-    pub(crate) fn read(ip: Option<IpAddr>, headers: &HeaderMap) -> Self {
+    pub fn read(ip: Option<IpAddr>, headers: &HeaderMap) -> Self {
         let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let priority = match text(PRIORITY) {
             Some("demand") => Priority::Demand,
@@ -58,7 +58,7 @@ impl Asker {
     }
 
     /// The headers of a request of the member at `peer`.
-    pub(crate) fn write(peer: SocketAddr, priority: Priority, headers: &mut HeaderMap) {
+    pub fn write(peer: SocketAddr, priority: Priority, headers: &mut HeaderMap) {
         set(headers, PEER, &peer.to_string());
         let priority = match priority {
             Priority::Demand => "demand",
@@ -71,14 +71,15 @@ impl Asker {
 
 impl Turned {
     /// What an answer with status 503 says; `None`: the machine is overloaded, whoever asks.
-    pub(crate) fn read(headers: &HeaderMap) -> Option<Self> {
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
         let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let retry_after = Duration::from_millis(text(RETRY_MS)?.parse().ok()?).min(RETRY_MAX);
         let named = text(PEERS).unwrap_or_default().split(',').take(PEERS_MAX);
         Some(Self { retry_after, peers: named.filter_map(|peer| peer.trim().parse().ok()).collect() })
     }
 
-    pub(crate) fn write(&self, headers: &mut HeaderMap) {
+    /// The headers of such an answer.
+    pub fn write(&self, headers: &mut HeaderMap) {
         let retry_after = self.retry_after.min(RETRY_MAX);
         // Rounded up: who comes too early is turned down again.
         headers.insert(RETRY_MS, HeaderValue::from(retry_after.as_micros().div_ceil(1000) as u64));

@@ -3,14 +3,12 @@
 use std::ops::Range;
 
 /// As they travel.
-#[allow(dead_code)]
-pub(crate) fn encode(runs: impl IntoIterator<Item = Range<u32>>) -> Vec<u32> {
+pub fn encode(runs: impl IntoIterator<Item = Range<u32>>) -> Vec<u32> {
     runs.into_iter().flat_map(|run| [run.start, run.end]).collect()
 }
 
 /// `None`: they are not ascending runs, each with something in it.
-#[allow(dead_code)]
-pub(crate) fn decode(numbers: &[u32]) -> Option<Vec<Range<u32>>> {
+pub fn decode(numbers: &[u32]) -> Option<Vec<Range<u32>>> {
     let (pairs, []) = numbers.as_chunks::<2>() else { return None };
     let is_ascending = numbers.windows(2).enumerate().all(|(at, pair)| match pair {
         [left, right] if at % 2 == 0 => left < right,

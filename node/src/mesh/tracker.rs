@@ -4,11 +4,13 @@
 //! - `book`: who is on a line with which layers, around [`swarm::Tracker`].
 //! - `lines`: the gRPC service.
 //! - `gate`: the seeder's layers, given as the tracker says.
+//! - [`offline`]: the same without a network.
 //! - [`status`]: what all that comes to, for the operator.
 
 mod book;
 mod gate;
 mod lines;
+pub mod offline;
 pub mod status;
 
 use std::hash::{BuildHasher, Hasher, RandomState};

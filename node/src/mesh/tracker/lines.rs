@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::time::Duration;
 
-use layer::Digest;
+use layer::{Digest, Geometry};
 use proto::drover::mesh::v1::tracker_server::{Tracker as TrackerService, TrackerServer};
 use proto::drover::mesh::v1::{Haves, Hello, ToSeeder, to_seeder};
 use tokio::sync::{mpsc, oneshot};
@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Tracker;
-use super::book::{self, Entered, LineId, QUEUE_MAX, Told};
+use super::book::{self, Book, Entered, LineId, QUEUE_MAX, Told};
 use crate::mesh::{Member, member, runs};
 use crate::serve::Remote;
 
@@ -104,40 +104,51 @@ impl Held {
     }
 
     async fn hear(&self, message: to_seeder::Message) -> Result<(), Status> {
-        let (tracker, line) = (&self.tracker, self.line);
-        match message {
-            to_seeder::Message::Hello(_) => Err(Status::invalid_argument("Hello comes first and only first")),
-            to_seeder::Message::Join(haves) => {
-                let (blob, runs) = parse(&haves)?;
-                match tracker.shared.ingester.geometry(blob).await {
-                    Some(geometry) => {
-                        tracker.with(|book, now| book.join(now, line, blob, geometry, &runs))?;
-                        tracker.shared.first.notify_one();
-                    }
-                    None => tracker.with(|book, now| book.unknown(now, line, blob)),
-                }
-                Ok(())
-            }
-            to_seeder::Message::Report(haves) => {
-                let (blob, runs) = parse(&haves)?;
-                tracker.with(|book, now| book.report(now, line, blob, &runs))
-            }
-            to_seeder::Message::Leave(blob) => {
-                let blob = parse_blob(&blob)?;
-                tracker.with(|book, now| book.leave(now, line, blob));
-                Ok(())
-            }
-            to_seeder::Message::Accuse(address) => {
-                let address = address.parse().map_err(|_| Status::invalid_argument("an accused has an address"))?;
-                tracker.with(|book, now| book.accuse(now, line, address));
-                Ok(())
-            }
+        let tracker = &self.tracker;
+        let geometry = match &message {
+            to_seeder::Message::Join(haves) => tracker.shared.ingester.geometry(parse_blob(&haves.blob)?).await,
+            _ => None,
+        };
+        tracker.with(|book, now| hear(book, now, self.line, message, geometry))?;
+        if geometry.is_some() {
+            tracker.shared.first.notify_one();
         }
+        Ok(())
     }
 }
 
+/// Does what a node says after its Hello. `geometry` is that of the layer that it joins, where that is known here.
+pub(super) fn hear(
+    book: &mut Book,
+    now: Duration,
+    line: LineId,
+    message: to_seeder::Message,
+    geometry: Option<Geometry>,
+) -> Result<(), Status> {
+    match message {
+        to_seeder::Message::Hello(_) => return Err(Status::invalid_argument("Hello comes first and only first")),
+        to_seeder::Message::Join(haves) => {
+            let (blob, runs) = parse(&haves)?;
+            match geometry {
+                Some(geometry) => book.join(now, line, blob, geometry, &runs)?,
+                None => book.unknown(now, line, blob),
+            }
+        }
+        to_seeder::Message::Report(haves) => {
+            let (blob, runs) = parse(&haves)?;
+            book.report(now, line, blob, &runs)?;
+        }
+        to_seeder::Message::Leave(blob) => book.leave(now, line, parse_blob(&blob)?),
+        to_seeder::Message::Accuse(address) => {
+            let address = address.parse().map_err(|_| Status::invalid_argument("an accused has an address"))?;
+            book.accuse(now, line, address);
+        }
+    }
+    Ok(())
+}
+
 /// Who calls from `from`.
-fn caller(hello: Hello, from: IpAddr) -> Result<book::Hello, Status> {
+pub(super) fn caller(hello: Hello, from: IpAddr) -> Result<book::Hello, Status> {
     let Hello { address, zone, leech } = hello;
     if !member::is_zone(&zone) {
         return Err(Status::invalid_argument("a zone has up to 64 letters, digits, '.', '_' and '-'"));
@@ -162,7 +173,7 @@ fn parse(haves: &Haves) -> Result<(Digest, Vec<Range<u32>>), Status> {
     Ok((parse_blob(&haves.blob)?, runs::decode(&haves.runs).ok_or_else(wrong)?))
 }
 
-fn parse_blob(blob: &[u8]) -> Result<Digest, Status> {
+pub(super) fn parse_blob(blob: &[u8]) -> Result<Digest, Status> {
     let bytes = blob.try_into().map_err(|_| Status::invalid_argument("the digest of a blob has 32 bytes"))?;
     Ok(Digest::from_bytes(bytes))
 }
