@@ -29,6 +29,7 @@ pub mod source;
 
 pub use blob::BlobBody;
 pub use client::{Client, Environment, Options};
+pub use credentials::Credential;
 pub(crate) use download::AHEAD_BYTES_MAX;
 pub use download::Download;
 pub use error::{Fault, RegistryError};

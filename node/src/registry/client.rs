@@ -16,7 +16,7 @@ use tokio::sync::Semaphore;
 
 use super::answer;
 use super::blob::{BlobBody, Patience, Stream};
-use super::credentials::Credentials;
+use super::credentials::{Credential, Credentials};
 use super::download::{AHEAD_MAX, Download};
 use super::endpoint::{Endpoint, authority};
 use super::error::{Failures, Fault, RegistryError, what};
@@ -33,6 +33,8 @@ const REGISTRIES_MAX: usize = 256;
 const RECHECK: Duration = Duration::from_secs(1);
 /// The most `urls` of a foreign layer that are tried.
 const URLS_MAX: usize = 8;
+/// The most hosts of a registry whose credentials are told.
+pub const CREDENTIALS_MAX: usize = 8;
 /// The manifest types that are asked for.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
@@ -75,6 +77,8 @@ struct Shared {
     options: Options,
     proxies: Proxies,
     credentials: Arc<Credentials>,
+    /// It acts for somebody else.
+    is_acting: bool,
     registries: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Registry>>>>,
     /// Permits for ranges that are fetched ahead of where a download stands.
     ahead: Arc<Semaphore>,
@@ -124,10 +128,38 @@ impl Client {
                 options,
                 proxies,
                 credentials: Arc::new(Credentials::new(path, helper_deadline)),
+                is_acting: false,
                 registries: Mutex::default(),
                 ahead: Arc::new(Semaphore::new(AHEAD_MAX)),
             }),
         }
+    }
+
+    /// A client that reaches the same registries and mirrors with nothing but `given`, by host, to prove who asks: neither this
+    /// machine's credentials and certificates nor the headers of its configuration.
+    pub fn acting_for(&self, given: HashMap<String, Credential>) -> Self {
+        let shared = &self.shared;
+        Self {
+            shared: Arc::new(Shared {
+                config: shared.config.clone(),
+                options: shared.options,
+                proxies: shared.proxies.clone(),
+                credentials: Arc::new(Credentials::given(given)),
+                is_acting: true,
+                registries: Mutex::default(),
+                ahead: Arc::clone(&shared.ahead),
+            }),
+        }
+    }
+
+    /// What this machine has for the hosts that blobs of `registry` come from, at most [`CREDENTIALS_MAX`].
+    pub async fn credentials(&self, registry: &str) -> Result<Vec<(String, Credential)>, Fault> {
+        let mut found = Vec::new();
+        for endpoint in self.endpoints(registry).await?.iter().filter(|endpoint| endpoint.config().pulls) {
+            found.extend(endpoint.credential().await?);
+        }
+        found.truncate(CREDENTIALS_MAX);
+        Ok(found)
     }
 
     /// Opens `blob` at the bytes `range`, or to its end where `range.end` is `None`. The bytes are not verified. A
@@ -299,7 +331,10 @@ impl Client {
             if !is_first && watched.is_current() {
                 return Ok(None);
             }
-            let loaded = hosts::load(&shared.config, &name)?;
+            let mut loaded = hosts::load(&shared.config, &name)?;
+            if shared.is_acting {
+                loaded.endpoints.iter_mut().for_each(EndpointConfig::make_anonymous);
+            }
             let endpoint = |config: EndpointConfig| match known.iter().find(|endpoint| endpoint.is_still(&config)) {
                 Some(known) => Ok(Arc::clone(known)),
                 None => shared.endpoint(&name, config),

@@ -69,6 +69,8 @@ pub(super) struct Credentials {
     helpers: Arc<Semaphore>,
     /// By configured file and registry.
     kept: Mutex<HashMap<(Option<PathBuf>, String), Slot>>,
+    /// By host: these and no others.
+    given: Option<HashMap<String, Credential>>,
 }
 
 /// What is kept for one registry, locked while it is looked up.
@@ -83,11 +85,19 @@ struct Kept {
 impl Credentials {
     pub(super) fn new(path: Option<OsString>, helper_deadline: Option<Duration>) -> Self {
         let deadline = helper_deadline.unwrap_or(HELPER_DEADLINE);
-        Self { path, deadline, helpers: Arc::new(Semaphore::new(HELPERS_MAX)), kept: Mutex::default() }
+        Self { path, deadline, helpers: Arc::new(Semaphore::new(HELPERS_MAX)), kept: Mutex::default(), given: None }
+    }
+
+    /// Those of somebody else, by host.
+    pub(super) fn given(given: HashMap<String, Credential>) -> Self {
+        Self { given: Some(given), ..Self::new(None, None) }
     }
 
     /// The credentials for `host`, from the file `configured`, which must be there, or else Docker's own, which may not.
     pub(super) async fn of(&self, host: &str, configured: Option<&PathBuf>) -> Result<Option<Credential>, Fault> {
+        if let Some(given) = &self.given {
+            return Ok(given.get(host).cloned());
+        }
         let Some(path) = docker_config(configured) else { return Ok(None) };
         let slot = self.slot(host, configured);
         // Held over the lookup: however many wait, one helper runs for a registry.

@@ -15,7 +15,7 @@ use reqwest::{Response, Url};
 use super::answer;
 use super::auth::{Asker, Authorizations, Challenge};
 use super::client::Options;
-use super::credentials::Credentials;
+use super::credentials::{Credential, Credentials};
 use super::error::{Fault, chain, is_no_tls};
 use super::hosts::{EndpointConfig, Watched};
 use super::proxy::{self, Proxies};
@@ -154,6 +154,12 @@ impl Endpoint {
     /// Whether it is what `config` asks for, with the files as they are today.
     pub(super) fn is_still(&self, config: &EndpointConfig) -> bool {
         self.config == *config && self.files.is_current()
+    }
+
+    /// The credentials that are configured for it, with its host.
+    pub(super) async fn credential(&self) -> Result<Option<(String, Credential)>, Fault> {
+        let found = self.credentials.of(&self.host, self.config.docker_config.as_ref()).await?;
+        Ok(found.map(|credential| (self.host.clone(), credential)))
     }
 
     /// GET of `rest` in `repository`. `registry` is whose content it is. Follows redirects and authenticates with one retry.

@@ -257,6 +257,15 @@ impl EndpointConfig {
             docker_config: None,
         }
     }
+
+    /// Leaves out all that proves who this machine is.
+    pub(super) fn make_anonymous(&mut self) {
+        (self.client, self.docker_config) = (None, None);
+        self.headers.clear();
+        // Fails only for URLs without a host, which have no user either.
+        let _ = self.base.set_username("");
+        let _ = self.base.set_password(None);
+    }
 }
 
 /// Reads the text of a hosts.toml that lies in `folder` and belongs to `registry`. The error says what is wrong.
