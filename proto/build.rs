@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             "containerd/introspection.proto",
             "drover/control.proto",
             "drover/enrol.proto",
+            "drover/grant.proto",
             "drover/mesh.proto",
             "drover/node.proto",
             "drover/seeder.proto",

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use http::{Request, Response, StatusCode, header};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use hyper_util::client::legacy;
@@ -16,6 +16,7 @@ use layer::{Digest, Geometry};
 use swarm::Priority;
 
 use crate::connect::{ConnectError, Connector};
+use crate::grant::{self, Held};
 use crate::mesh::{Asker, OwnAddress, Turned};
 use crate::serve::listener::WANTS_TLS;
 use crate::source::{ChunkSink, SourceError};
@@ -46,6 +47,8 @@ pub(crate) enum Fault {
     Unreachable(String),
     /// One end has security on, the other off, or the certificates do not fit, or it gives this machine nothing.
     Untrusted(String),
+    /// It gives it only to who shows a grant, and this machine has none that it takes.
+    Ungranted(String),
     /// It does not have it.
     Missing(String),
     /// It gives this machine nothing for a while, as is usual in a mesh.
@@ -68,6 +71,7 @@ pub(crate) struct Bulk {
     http: legacy::Client<Connector, Empty<Bytes>>,
     stall: Duration,
     own_address: OwnAddress,
+    grants: Option<Held>,
 }
 
 /// A body with a stall limit.
@@ -84,7 +88,12 @@ impl Bulk {
             .pool_idle_timeout(Duration::from_secs(60))
             .pool_max_idle_per_host(8)
             .build(connector);
-        Self { http, stall, own_address }
+        Self { http, stall, own_address, grants: None }
+    }
+
+    /// Shows these grants where they are demanded.
+    pub(crate) fn with_grants(self, grants: Held) -> Self {
+        Self { grants: Some(grants), ..self }
     }
 
     /// The answer's head; one that is no success is a fault.
@@ -92,25 +101,44 @@ impl Bulk {
         self.send(request(path)?).await
     }
 
-    /// The same for chunks: says who asks, and how urgently.
-    pub(crate) async fn ask(&self, path: &str, priority: Priority) -> Result<Response<Incoming>, Fault> {
-        let mut request = request(path)?;
-        if let Some(address) = self.own_address.get() {
-            Asker::write(address, priority, request.headers_mut());
+    /// The same for something of a layer, with this machine's grant for it. `priority`: says who asks, and how urgently.
+    pub(crate) async fn ask(
+        &self,
+        blob: Digest,
+        path: &str,
+        priority: Option<Priority>,
+    ) -> Result<Response<Incoming>, Fault> {
+        let request = |grant: Option<&HeaderValue>| {
+            let mut request = request(path)?;
+            if let (Some(address), Some(priority)) = (self.own_address.get(), priority) {
+                Asker::write(address, priority, request.headers_mut());
+            }
+            if let Some(grant) = grant {
+                request.headers_mut().insert(grant::HEADER, grant.clone());
+            }
+            Ok(request)
+        };
+        let shown = self.grants.as_ref().and_then(|grants| grants.current(blob));
+        match (self.send(request(shown.as_ref())?).await, &self.grants) {
+            (Err(Fault::Ungranted(reason)), Some(grants)) => {
+                let fresh = grants.renew(blob, shown.as_ref()).await;
+                let fresh = fresh.map_err(|why| Fault::Ungranted(format!("{reason}; no grant is to be had: {why}")))?;
+                self.send(request(Some(&fresh))?).await
+            }
+            (answer, _) => answer,
         }
-        self.send(request).await
     }
 
     /// The frames of a run of chunks.
     pub(crate) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, Fault> {
         let path = format!("/v1/layers/{blob}/chunks/{}-{}", run.start, run.end);
-        Ok(self.body(self.ask(&path, priority).await?))
+        Ok(self.body(self.ask(blob, &path, Some(priority)).await?))
     }
 
     /// A section of the index that `header` names; its digest is not verified. `as_member`: says who asks.
     pub(crate) async fn section(&self, header: &Header, section: Section, as_member: bool) -> Result<Vec<u8>, Fault> {
         let path = format!("/v1/layers/{}/index/{section}", header.blob());
-        let answer = if as_member { self.ask(&path, Priority::Demand).await? } else { self.get(&path).await? };
+        let answer = self.ask(header.blob(), &path, as_member.then_some(Priority::Demand)).await?;
         let (want, mut body) = (header.section(section).size, self.body(answer));
         let mut bytes = Vec::new();
         while let Some(more) = body.next().await? {
@@ -147,11 +175,13 @@ impl Bulk {
         {
             return Err(Fault::Busy(turned));
         }
+        let is_grant_wanted = status == StatusCode::FORBIDDEN && response.headers().contains_key(grant::HEADER);
         let retry_after =
             response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let reason = format!("{status}: {}", reason(response.into_body(), self.stall).await);
         Err(match status {
             StatusCode::NOT_FOUND => Fault::Missing(reason),
+            _ if is_grant_wanted => Fault::Ungranted(reason),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Fault::Untrusted(reason),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
                 Fault::Overloaded { reason, retry_after: retry_after.map(Duration::from_secs) }
@@ -232,7 +262,7 @@ impl Fault {
     pub(crate) fn into_source_error(self, source_label: String) -> SourceError {
         match self {
             Self::Unreachable(reason) => SourceError::Unreachable { source_label, reason },
-            Self::Untrusted(reason) => SourceError::Denied { source_label, reason },
+            Self::Untrusted(reason) | Self::Ungranted(reason) => SourceError::Denied { source_label, reason },
             Self::Missing(reason) => SourceError::Missing { source_label, reason },
             Self::Busy(Turned { retry_after, peers }) => SourceError::Busy { source_label, retry_after, peers },
             Self::Overloaded { reason, retry_after } => SourceError::Overloaded { source_label, reason, retry_after },

@@ -208,6 +208,8 @@ struct Shared {
 /// One ingest, shared by all who ask for its blob.
 #[derive(Debug)]
 pub struct Flight {
+    /// Where the blob comes from.
+    registry: String,
     phase: watch::Sender<Phase>,
     frames: watch::Sender<Option<Arc<Frames>>>,
     ended: Mutex<Option<Instant>>,
@@ -219,6 +221,11 @@ impl Flight {
     /// Where it stands, now and whenever that changes.
     pub fn phase(&self) -> watch::Receiver<Phase> {
         self.phase.subscribe()
+    }
+
+    /// Whether it is under way, and from `registry`.
+    pub(crate) fn reads_from(&self, registry: &str) -> bool {
+        self.registry == registry && matches!(*self.phase.borrow(), Phase::Running(_))
     }
 
     /// The chunks made so far; `None` while it waits for its turn.
@@ -305,6 +312,7 @@ impl Ingester {
         }
         let progress = Progress { blob_size: blob.size, ..Progress::default() };
         let flight = Arc::new(Flight {
+            registry: blob.registry.clone(),
             phase: watch::Sender::new(Phase::Running(progress)),
             frames: watch::Sender::new(None),
             ended: Mutex::new(None),

@@ -10,6 +10,7 @@ mod driver;
 pub mod enrol;
 mod evict;
 mod fill;
+pub mod grant;
 pub mod ingest;
 pub mod layer;
 pub mod mesh;

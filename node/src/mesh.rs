@@ -35,6 +35,7 @@ use self::lines::Lines;
 use self::membership::{Event, Membership};
 use self::neighbours::Calls;
 use crate::Node;
+use crate::grant::Demand;
 use crate::security::Security;
 use crate::seeder;
 use crate::serve::{self, Listener};
@@ -95,7 +96,8 @@ async fn run(node: Arc<Node>, options: Options, security: Security, seeders: see
     let events = node.mesh_events();
     let uploads = UploadConfig { bytes_per_sec: options.upload_rate, leech: options.leech, ..UploadConfig::default() };
     let sharing = Sharing::new(Arc::clone(&node), uploads, refused.clone(), Box::new(|_, _| Vec::new()));
-    let router = serve::router(Arc::new(sharing), TRANSFERS);
+    let demand = node_demand(&node, &security).await;
+    let router = demand.guard(serve::router(Arc::new(sharing), TRANSFERS));
     let router = router.route_service(neighbours::ROUTE, Calls::service(events.clone(), refused.clone()));
     tracing::info!(%address, zone = options.zone, leech = options.leech, "gives chunks to other nodes");
     let served = tokio::spawn(listener.serve(router, stop));
@@ -104,6 +106,8 @@ async fn run(node: Arc<Node>, options: Options, security: Security, seeders: see
         hello: api::Hello { address: told, zone: options.zone.clone(), leech: options.leech },
         security,
         me: seeders.own_address().clone(),
+        grants: seeders.grants().clone(),
+        demand,
         events: events.clone(),
     };
     let membership = Membership::new(Zone::named(&options.zone), options.leech, lines.clone(), refused);
@@ -111,6 +115,17 @@ async fn run(node: Arc<Node>, options: Options, security: Security, seeders: see
         lines.hold_seeders(seeders).await;
     }
     let _ = served.await;
+}
+
+/// What other nodes must show here, as the seeders said last.
+async fn node_demand(node: &Node, security: &Security) -> Demand {
+    let (file, security) = (node.root().join("grants"), security.clone());
+    let opened = tokio::task::spawn_blocking(move || Demand::of_node(&security, file)).await;
+    match opened {
+        Ok(demand) => demand,
+        // The runtime ends, and this task with it.
+        Err(_) => std::future::pending().await,
+    }
 }
 
 /// The port, which another process may still have for a moment, or for good.

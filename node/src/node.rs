@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -232,6 +232,11 @@ impl Node {
     /// Layer directories that could not be opened, as name and reason.
     pub fn broken_layers(&self) -> Vec<(String, String)> {
         self.broken.lock().iter().map(|broken| (broken.name.clone(), broken.error.to_string())).collect()
+    }
+
+    /// The directory of the store.
+    pub fn root(&self) -> &Path {
+        self.store.root()
     }
 
     /// What all layers counted together, removed ones included, since the node was opened.

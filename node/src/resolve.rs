@@ -130,11 +130,15 @@ impl Resolver {
         registries: &RegistriesConfig,
         options: Options,
     ) -> Self {
+        let registry = registry::Client::new(registries.clone(), options.registry);
+        let has_seeders = !seeders.is_empty();
+        let seeders = seeder::Client::new(seeders, security.clone(), options.seeder);
+        seeders.grants().show_credentials_of(registry.clone());
         Self {
             node,
-            has_seeders: !seeders.is_empty(),
-            seeders: seeder::Client::new(seeders, security.clone(), options.seeder),
-            registry: registry::Client::new(registries.clone(), options.registry),
+            has_seeders,
+            seeders,
+            registry,
             verifier: security.verifier(),
             running: Semaphore::new(CONCURRENT),
             background: Arc::new(Semaphore::new(BACKGROUND)),
@@ -153,6 +157,7 @@ impl Resolver {
             return Ok(layer);
         }
         let _running = self.running.acquire().await;
+        self.seeders.grants().note(blob);
         let mut resolution = self.seeders.resolve(blob).await?;
         let mut following: Option<Following> = None;
         let (header, signed) = loop {
@@ -198,6 +203,7 @@ impl Resolver {
     /// spans section in the background if it is not here yet: with it the registry can stand in for the seeders.
     pub fn add_sources(&self, layer: &Arc<Layer>, blob: &BlobRef) {
         let geometry = layer.geometry();
+        self.seeders.grants().note(blob);
         if self.has_seeders {
             let source = SeederSource::new(self.seeders.clone(), layer.header().blob(), geometry);
             layer.add_source(Arc::new(source));

@@ -1,5 +1,5 @@
 //! gRPC schemas and their generated code: containerd's Snapshots service (served and called), those of containerd's other
-//! services that are called, the cluster's control, mesh and enrolment services (both) and the status services of node and seeder (both).
+//! services that are called, the cluster's control, mesh, enrolment and grant services (both) and the status services of node and seeder (both).
 
 #![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
 #![allow(unreachable_pub, clippy::all, reason = "generated")]
@@ -56,6 +56,11 @@ pub mod drover {
     pub mod enrol {
         pub mod v1 {
             tonic::include_proto!("drover.enrol.v1");
+        }
+    }
+    pub mod grant {
+        pub mod v1 {
+            tonic::include_proto!("drover.grant.v1");
         }
     }
     pub mod mesh {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -68,6 +69,22 @@ impl Known {
     #[cfg(test)]
     pub(super) fn passes(&self) -> usize {
         self.refills.passes()
+    }
+
+    /// `count` pieces of the blob at places that nobody can foresee, and its last bytes. Blocks on the disk.
+    pub(crate) fn samples(&self, count: usize, len: u64) -> io::Result<Vec<(u64, Vec<u8>)>> {
+        let (file, size) = (File::open(&self.blob_path)?, self.header.blob_size());
+        let last = size.saturating_sub(len);
+        let mut random = vec![0; count * 8];
+        aws_lc_rs::rand::fill(&mut random).map_err(|_| io::Error::other("there is no randomness"))?;
+        let anywhere = random.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes) % (last + 1));
+        let mut samples = Vec::new();
+        for start in anywhere.chain([last]) {
+            let mut bytes = vec![0; len.min(size) as usize];
+            file.read_exact_at(&mut bytes, start)?;
+            samples.push((start, bytes));
+        }
+        Ok(samples)
     }
 
     pub(super) fn blob_path(&self) -> &Path {

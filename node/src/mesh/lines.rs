@@ -17,6 +17,7 @@ use tonic::transport::Channel;
 use super::member::OwnAddress;
 use super::membership::Event;
 use super::peer::{self, PeerClient};
+use crate::grant::{Demand, Held};
 use crate::security::Security;
 use crate::seeder;
 
@@ -43,6 +44,9 @@ pub(crate) struct Lines {
     pub(crate) hello: api::Hello,
     pub(crate) security: Security,
     pub(crate) me: OwnAddress,
+    /// What this node shows to others, and demands of them.
+    pub(crate) grants: Held,
+    pub(crate) demand: Demand,
     pub(crate) events: mpsc::Sender<Event>,
 }
 
@@ -58,7 +62,8 @@ impl Drop for NeighbourLine {
 impl Lines {
     /// What asks a machine for chunks. `None`: this node has no certificate yet.
     pub(crate) fn client(&self, address: SocketAddr) -> Option<PeerClient> {
-        PeerClient::new(address, &self.security, self.me.clone(), peer::Options::default()).ok()
+        let (me, grants) = (self.me.clone(), self.grants.clone());
+        PeerClient::with_grants(address, &self.security, me, grants, peer::Options::default()).ok()
     }
 
     /// Begins a line to a neighbour.
@@ -131,6 +136,7 @@ impl Lines {
             .address
             .parse()
             .map_err(|_| tonic::Status::internal(format!("a welcome to {:?}", welcome.address)))?;
+        self.demand.tell(seeder, welcome.grants).await;
         // Neighbours know this machine by the first address that it had, for the life of the process.
         if self.me.get().is_none() {
             self.me.set(Some(me));

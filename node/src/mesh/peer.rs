@@ -12,6 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::member::OwnAddress;
 use crate::bulk::Bulk;
 use crate::connect::Connector;
+use crate::grant::Held;
 use crate::security::{Security, tls};
 use crate::source::{BoxFuture, ChunkSink, Priority, Source, SourceError, SourceKind};
 
@@ -42,6 +43,19 @@ impl PeerClient {
     ) -> Result<Self, rustls::Error> {
         let connector = connector(address, security, tls::HTTP1, options)?;
         Ok(Self { address, bulk: Arc::new(Bulk::new(connector, options.stall_timeout, own_address)) })
+    }
+
+    /// The same with `grants`, which are shown where the member demands them.
+    pub fn with_grants(
+        address: SocketAddr,
+        security: &Security,
+        own_address: OwnAddress,
+        grants: Held,
+        options: Options,
+    ) -> Result<Self, rustls::Error> {
+        let connector = connector(address, security, tls::HTTP1, options)?;
+        let bulk = Bulk::new(connector, options.stall_timeout, own_address).with_grants(grants);
+        Ok(Self { address, bulk: Arc::new(bulk) })
     }
 
     /// A section of the index that `header` names, as the member has it: `None` where it does not, or sends something else.

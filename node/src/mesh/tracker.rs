@@ -54,6 +54,11 @@ impl Tracker {
         tracker
     }
 
+    /// Tells nodes from now on that they are to demand grants.
+    pub fn demand_grants(&self) {
+        self.with(|book, _| book.grants = true);
+    }
+
     /// How many nodes have a line.
     pub fn lines(&self) -> usize {
         self.shared.book.lock().lines()

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+use layer::Digest;
 use parking_lot::Mutex;
 use rustls::RootCertStore;
 use rustls::client::WebPkiServerVerifier;
@@ -208,6 +209,12 @@ pub(super) fn validity(certificate: &CertificateDer<'_>) -> Option<Range<SystemT
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
     };
     Some(at(parsed.validity().not_before)?..at(parsed.validity().not_after)?)
+}
+
+/// The digest of the public key of `certificate`, as the certificate has it (SubjectPublicKeyInfo).
+pub(super) fn key_fingerprint(certificate: &CertificateDer<'_>) -> Option<Digest> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(Digest::of(parsed.tbs_certificate.subject_pki.raw))
 }
 
 fn stamps(files: &MtlsConfig) -> Option<[Stamp; 3]> {

@@ -36,6 +36,8 @@ pub struct Caller {
     pub name: String,
     /// For how long its certificate was made.
     pub validity: Duration,
+    /// Fingerprint of its public key: what tells machines apart, since names are for people.
+    pub key: Digest,
 }
 
 /// A client that talks only to machines of `role` whose certificate has the name it asks for, over the protocol `alpn`.
@@ -105,7 +107,7 @@ pub fn caller(chain: Option<&[CertificateDer<'_>]>) -> Option<Caller> {
     let (role, name) = Role::and_name(&webpki::EndEntityCert::try_from(leaf).ok()?)?;
     let validity = super::identity::validity(leaf)?;
     let validity = validity.end.duration_since(validity.start).ok()?;
-    Some(Caller { role, name, validity })
+    Some(Caller { role, name, validity, key: super::identity::key_fingerprint(leaf)? })
 }
 
 /// The one provider of cryptography. Named everywhere, because rustls panics when it has to guess between two.

@@ -1,5 +1,6 @@
 //! The configured seeders. Each blob lies with one of them; those that failed lately are asked last.
 
+mod grants;
 mod sections;
 
 use std::cmp::Reverse;
@@ -7,7 +8,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use layer::chunk::CHUNK_LOG2_RANGE;
@@ -25,6 +26,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::bulk::{Body, Bulk, Fault, REASON_BYTES_MAX};
 use crate::config::SeederAddresses;
 use crate::connect::{Connector, NO_ENROLMENT};
+use crate::grant::Held;
 use crate::ingest::Progress;
 use crate::mesh::{OwnAddress, Turned};
 use crate::security::token::Token;
@@ -32,6 +34,7 @@ use crate::security::{Role, Security, Signed, tls};
 use crate::serve::CHUNK_LOG2;
 use crate::source::{BlobRef, Priority, SourceError};
 
+use self::grants::Seeders;
 pub use crate::bulk::Options;
 
 /// How long a resolved host name is used.
@@ -64,6 +67,14 @@ pub enum SeederError {
         /// The seeder.
         seeder: String,
         /// What does not fit.
+        reason: String,
+    },
+    /// It gives the layer only to who shows a grant, and this machine has none that it takes.
+    #[error("seeder {seeder} gives this machine nothing of the layer: {reason}")]
+    Ungranted {
+        /// The seeder.
+        seeder: String,
+        /// What it answered, and why there is no grant.
         reason: String,
     },
     /// It does not have it.
@@ -132,6 +143,7 @@ impl SeederError {
         match fault {
             Fault::Unreachable(reason) => Self::Unreachable { seeder, reason },
             Fault::Untrusted(reason) => Self::Untrusted { seeder, reason },
+            Fault::Ungranted(reason) => Self::Ungranted { seeder, reason },
             Fault::Missing(reason) => Self::Missing { seeder, reason },
             Fault::Busy(turned) => Self::Busy { seeder, turned },
             Fault::Overloaded { reason, retry_after } => Self::Overloaded { seeder, reason, retry_after },
@@ -146,9 +158,9 @@ impl SeederError {
         match self {
             Self::None(reason) => SourceError::Unreachable { source_label: "seeder".to_owned(), reason },
             Self::Unreachable { seeder, reason } => SourceError::Unreachable { source_label: label(seeder), reason },
-            Self::Untrusted { seeder, reason } | Self::Refused { seeder, reason } => {
-                SourceError::Denied { source_label: label(seeder), reason }
-            }
+            Self::Untrusted { seeder, reason }
+            | Self::Refused { seeder, reason }
+            | Self::Ungranted { seeder, reason } => SourceError::Denied { source_label: label(seeder), reason },
             Self::Missing { seeder, reason } => SourceError::Missing { source_label: label(seeder), reason },
             Self::Busy { seeder, turned: Turned { retry_after, peers } } => {
                 SourceError::Busy { source_label: label(seeder), retry_after, peers }
@@ -198,6 +210,7 @@ struct Shared {
     security: Security,
     options: Options,
     own_address: OwnAddress,
+    grants: Held,
     names: Mutex<HashMap<String, (Vec<IpAddr>, Instant)>>,
     seats: Mutex<HashMap<(String, SocketAddr), Arc<Seat>>>,
 }
@@ -239,7 +252,8 @@ impl Client {
     }
 
     fn with(places: Vec<(String, u16)>, local: Option<Arc<Seat>>, security: Security, options: Options) -> Self {
-        let shared = Shared {
+        let shared = |myself: &Weak<Shared>| Shared {
+            grants: Held::new(Box::new(Seeders(Weak::clone(myself)))),
             places,
             local,
             security,
@@ -248,7 +262,12 @@ impl Client {
             names: Mutex::default(),
             seats: Mutex::default(),
         };
-        Self { shared: Arc::new(shared) }
+        Self { shared: Arc::new_cyclic(shared) }
+    }
+
+    /// This machine's grants, which go with what it asks for.
+    pub fn grants(&self) -> &Held {
+        &self.shared.grants
     }
 
     /// This machine's address in the mesh, which goes with what it asks for; whoever learns it sets it here.
@@ -482,7 +501,9 @@ impl Client {
         };
         let (name, own_address) = (seat_name(host, address), self.shared.own_address.clone());
         let (http1, http2) = (connector(tls::HTTP1)?, connector(tls::HTTP2)?);
-        let seat = Arc::new(Seat::new(name, http1, http2, options, own_address));
+        let mut seat = Seat::new(name, http1, http2, options, own_address);
+        seat.bulk = seat.bulk.with_grants(self.shared.grants.clone());
+        let seat = Arc::new(seat);
         let mut seats = self.shared.seats.lock();
         if seats.len() >= 256 {
             seats.clear();
@@ -563,7 +584,7 @@ impl Resolution {
     /// The chunks of the layer from the first on, as they come into being.
     pub async fn follow(&self) -> Result<Follow, SeederError> {
         let path = format!("/v1/layers/{}/follow", self.blob);
-        let answer = self.seat.bulk.ask(&path, Priority::Background).await;
+        let answer = self.seat.bulk.ask(self.blob, &path, Some(Priority::Background)).await;
         let response = answer.map_err(|fault| self.seat.error(fault))?;
         let log2 = response.headers().get(CHUNK_LOG2).and_then(|value| value.to_str().ok()?.parse().ok());
         let chunk_log2 = log2
@@ -697,6 +718,7 @@ impl Seat {
     pub(super) fn judge(&self, error: &SeederError) {
         let wanted = match error {
             SeederError::Busy { .. }
+            | SeederError::Ungranted { .. }
             | SeederError::Missing { .. }
             | SeederError::Ingest { .. }
             | SeederError::None(_) => return,

@@ -187,6 +187,11 @@ struct Numbers {
 }
 
 impl Store {
+    /// Its directory.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Opens or makes the store at `root`, whose parent must exist. `boot_id` differs after each start of the machine: the page cache
     /// survives a killed process but no crashed kernel.
     pub(crate) fn open(

@@ -78,6 +78,8 @@ pub(super) struct Book {
     keys: HashMap<Digest, LayerKey>,
     layers: BTreeMap<LayerKey, Tracked>,
     expelled: BTreeMap<PeerId, SocketAddr>,
+    /// Nodes are to demand grants.
+    pub(super) grants: bool,
     next_key: u64,
     next_line: u64,
     draws: usize,
@@ -109,6 +111,7 @@ impl Book {
             keys: HashMap::new(),
             layers: BTreeMap::new(),
             expelled: BTreeMap::new(),
+            grants: false,
             next_key: 0,
             next_line: 0,
             draws: 0,
@@ -134,7 +137,7 @@ impl Book {
         let (cut, is_cut) = oneshot::channel();
         self.next_line += 1;
         let line = LineId { peer, number: self.next_line };
-        let welcome = Welcome { address: address.to_string() };
+        let welcome = Welcome { address: address.to_string(), grants: self.grants };
         let others = self.expelled.values().map(|address| from_seeder::Message::Expel(address.to_string()));
         let first = [from_seeder::Message::Welcome(welcome)].into_iter().chain(others);
         for message in first.take(QUEUE_MAX / 2) {

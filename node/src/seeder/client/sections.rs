@@ -43,8 +43,9 @@ impl Client {
 
     async fn section_of(&self, members: &[Member], header: &Header, section: Section) -> Option<Vec<u8>> {
         for member in members.iter().take(MEMBERS_TRIED) {
-            let own_address = self.shared.own_address.clone();
-            let client = PeerClient::new(member.address, &self.shared.security, own_address, MEMBER).ok()?;
+            let (own_address, grants) = (self.shared.own_address.clone(), self.shared.grants.clone());
+            let security = &self.shared.security;
+            let client = PeerClient::with_grants(member.address, security, own_address, grants, MEMBER).ok()?;
             match client.section(header, section).await {
                 Some(bytes) => return Some(bytes),
                 None => tracing::debug!(blob = %header.blob(), %section, %member, "a node does not give a section"),
