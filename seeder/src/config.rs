@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use node::config::{ByteSize, CacheConfig, RegistriesConfig, SecurityConfig};
-use node::{ingest, registry, serve};
+use node::{grant, ingest, registry, serve};
 use serde::Deserialize;
 
 /// The whole file.
@@ -21,6 +21,9 @@ pub(crate) struct Config {
     /// Certificates for nodes.
     #[serde(default)]
     pub(crate) enrol: EnrolConfig,
+    /// What nodes must show to get layers.
+    #[serde(default)]
+    pub(crate) grants: GrantsConfig,
     /// Registries that need more than HTTPS.
     #[serde(default)]
     pub(crate) registry: RegistriesConfig,
@@ -41,6 +44,36 @@ pub(crate) struct EnrolConfig {
     /// Directory of the cluster's authority. Where it is named, this seeder gives certificates to nodes that show a token, and
     /// renews them.
     pub(crate) authority: Option<PathBuf>,
+}
+
+/// What nodes must show to get layers.
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct GrantsConfig {
+    /// Whether layers are given only to nodes that have a grant.
+    pub(crate) mode: GrantsMode,
+    /// For how long after a registry's last yes a grant is renewed while that registry cannot be asked; 0: not at all.
+    #[serde(with = "humantime_serde")]
+    registry_down: Duration,
+}
+
+/// Whether layers are given only to nodes that have a grant.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum GrantsMode {
+    /// Every machine of the cluster gets every layer.
+    Off,
+    /// A machine gets a layer that it could get from the registry too.
+    On,
+}
+
+/// The longest that a registry's yes may count without it.
+const REGISTRY_DOWN_MAX: Duration = Duration::from_secs(24 * 3600);
+
+impl Default for GrantsConfig {
+    fn default() -> Self {
+        Self { mode: GrantsMode::Off, registry_down: grant::issuer::Options::default().registry_down }
+    }
 }
 
 /// Bounds; the defaults fit a seeder of a thousand nodes.
@@ -96,6 +129,21 @@ impl Config {
     /// How to ingest.
     pub(crate) fn ingest(&self) -> ingest::Options {
         self.limits.ingest(self.cache)
+    }
+
+    /// How grants are given; `None` where none are demanded. The error says what does not fit.
+    pub(crate) fn grants(&self) -> Result<Option<grant::issuer::Options>, &'static str> {
+        let GrantsConfig { mode, registry_down } = self.grants;
+        if mode == GrantsMode::Off {
+            return Ok(None);
+        }
+        if self.security == SecurityConfig::Off {
+            return Err("grants.mode = \"on\" needs security: without certificates nobody knows who asks");
+        }
+        if registry_down > REGISTRY_DOWN_MAX {
+            return Err("grants.registry_down may be at most 1day");
+        }
+        Ok(Some(grant::issuer::Options { registry_down, ..grant::issuer::Options::default() }))
     }
 
     /// A client of the registries.
@@ -156,6 +204,16 @@ mod tests {
         assert_eq!(config.ingest().blob_size_max, 1 << 30);
         let error = parse("root = \"/r\"\nsecurity = \"off\"\n[limits]\nuploads = 3").unwrap_err().to_string();
         assert!(error.contains("uploads"), "{error}");
+        let secure =
+            "root = \"/r\"\n[security]\nmode = \"mtls\"\nca = \"a\"\ncertificate = \"b\"\nkey = \"c\"\n[grants]\n";
+        let grants =
+            |text: &str| parse(&format!("{secure}{text}")).unwrap().grants().map(|on| on.map(|on| on.registry_down));
+        assert_eq!(grants(""), Ok(None));
+        assert_eq!(grants("mode = \"on\""), Ok(Some(Duration::from_secs(3600))));
+        assert_eq!(grants("mode = \"on\"\nregistry_down = \"0s\""), Ok(Some(Duration::ZERO)));
+        assert!(grants("mode = \"on\"\nregistry_down = \"2days\"").unwrap_err().contains("registry_down"));
+        let config = parse("root = \"/r\"\nsecurity = \"off\"\n[grants]\nmode = \"on\"").unwrap();
+        assert!(config.grants().unwrap_err().contains("needs security"));
         let error = parse("root = \"/r\"").unwrap_err().to_string();
         assert!(error.contains("security"), "{error}");
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use axum::Router;
 use node::enrol;
+use node::grant::{self, Demand, Issuer};
 use node::ingest::store::Store;
 use node::ingest::{Ingester, control};
 use node::mesh::tracker::{self, Gate, Tracker};
@@ -39,7 +40,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let tracker = Tracker::start(ingester.clone(), stop.clone());
     let gate = Gate::new(ingester.clone(), tracker.clone(), config.limits.upload());
-    let router = serve::router(Arc::new(gate.clone()), config.limits.transfers());
+    let mut router = serve::router(Arc::new(gate.clone()), config.limits.transfers());
+    if let Some(options) = config.grants().map_err(anyhow::Error::msg)? {
+        router = Demand::of_seeder(&security, ingester.clone()).guard(router);
+        let issuer = Issuer::new(ingester.clone(), &security, options)?.context("grants need security")?;
+        router = grant::issuer::route(router, issuer);
+        tracker.demand_grants();
+    }
     let router = control::route(router, ingester.clone());
     let router = tracker::route(router, tracker);
     let mut listener = Listener::bind(&config.listen, &security, config.limits.listener())
