@@ -271,6 +271,11 @@ pub struct CacheConfig {
     pub keep_free: DiskShare,
 }
 
+impl CacheConfig {
+    /// Everything that the disk has, to the last byte.
+    pub const WHOLE_DISK: Self = Self { size: DiskShare::Bytes(0), keep_free: DiskShare::Bytes(0) };
+}
+
 impl Default for CacheConfig {
     /// No size; 5 % stay free.
     fn default() -> Self {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use layer::Digest;
-use node::config::RegistriesConfig;
+use node::config::{CacheConfig, RegistriesConfig};
 use node::ingest::store::Store;
 use node::ingest::{Ingester, Options, Phase};
 use node::registry::{self, Client};
@@ -56,7 +56,9 @@ fn memory_is_bounded_however_large_the_windows() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let client = Client::new(RegistriesConfig::default(), registry::Options::default());
-        let ingester = Ingester::new(store, client, None, Options::default()).unwrap();
+        let ingester =
+            Ingester::new(store, client, None, Options { cache: CacheConfig::WHOLE_DISK, ..Options::default() })
+                .unwrap();
         let before = status("VmRSS");
         // Forgets the peak so far, where the kernel can.
         let _ = fs::write("/proc/self/clear_refs", "5");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use layer::ChunkIndex;
+use node::config::CacheConfig;
 use node::reader::ReadError;
 use node::source::SourceKind;
 use node::{Node, NodeConfig};
@@ -15,7 +16,7 @@ use support::{CHUNK, Fault, FaultySource, Subject, until};
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn config(root: &std::path::Path) -> NodeConfig {
-    NodeConfig { read_deadline: Duration::from_secs(10), ..NodeConfig::new(root) }
+    NodeConfig { read_deadline: Duration::from_secs(10), cache: CacheConfig::WHOLE_DISK, ..NodeConfig::new(root) }
 }
 
 #[tokio::test]

@@ -42,7 +42,7 @@ impl Scene {
         registry.put_manifest("team/app", Some("1"), manifest, &json);
         let config = folder.path().join("seeder.toml");
         let text = format!(
-            "root = \"{}\"\nlisten = \"127.0.0.1:0\"\nsecurity = \"off\"\n[registry.\"{}\"]\nplain_http = true\n",
+            "root = \"{}\"\nlisten = \"127.0.0.1:0\"\nsecurity = \"off\"\n[registry.\"{}\"]\nplain_http = true\n[cache]\nkeep_free = \"0B\"\n",
             folder.path().join("store").display(),
             registry.host()
         );

@@ -100,7 +100,8 @@ fn an_image_of_128_known_layers_is_prepared_at_once() {
 async fn prepare_all(root: &Path) -> Duration {
     let devices = root.join("devices");
     std::fs::create_dir(&devices).expect("creates");
-    let node = Node::open(NodeConfig::new(root)).expect("opens");
+    let node = Node::open(NodeConfig { cache: node::config::CacheConfig::WHOLE_DISK, ..NodeConfig::new(root) })
+        .expect("opens");
     let all: Vec<LayerParts> = (0..LAYERS).map(parts).collect();
     for parts in &all {
         node.insert(parts).expect("inserts");

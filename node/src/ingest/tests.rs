@@ -80,7 +80,12 @@ pub(crate) fn registry_client(registry: &FakeRegistry) -> registry::Client {
 }
 
 pub(crate) fn ingester(root: &std::path::Path, registry: &FakeRegistry, security: &Security) -> Ingester {
-    ingester_with(root, registry, security, Options { encode_threads: 2, ..Options::default() })
+    ingester_with(
+        root,
+        registry,
+        security,
+        Options { encode_threads: 2, cache: CacheConfig::WHOLE_DISK, ..Options::default() },
+    )
 }
 
 fn ingester_with(root: &std::path::Path, registry: &FakeRegistry, security: &Security, options: Options) -> Ingester {

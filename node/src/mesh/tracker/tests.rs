@@ -405,7 +405,10 @@ async fn one_node_at_a_time_follows_an_ingest() {
     };
     let first = loop {
         match follow(Some(4001)).await {
-            response if response.status() == 404 => tokio::time::sleep(Duration::from_millis(5)).await,
+            response if response.status() == 404 => {
+                assert!(matches!(&*phase.borrow_and_update(), Phase::Running(_)), "the ingest ended");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             response => break response,
         }
     };
