@@ -19,6 +19,11 @@ impl Cutter {
         Self { geometry, at: start, chunk: Vec::new() }
     }
 
+    /// Device offset of the next byte.
+    pub(crate) const fn at(&self) -> u64 {
+        self.at
+    }
+
     /// Takes the next bytes; those behind the end of the device are ignored.
     pub(crate) fn push(&mut self, mut bytes: &[u8], sink: &mut dyn FnMut(ChunkIndex, &[u8])) {
         while !bytes.is_empty() && self.at < self.geometry.device_size() {

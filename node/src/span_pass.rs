@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use layer::index::{Span, Spans};
+use layer::index::{Checkpoint, Span, Spans};
 use layer::ingest::SPAN_LEN;
 use layer::span::SpanInflater;
 use layer::{ChunkIndex, Geometry};
@@ -31,19 +31,64 @@ impl Units {
         self.0.get().cloned().unwrap_or_else(|| likely_units(geometry))
     }
 
-    /// The spans to inflate for `run`, at least one, of the `spans` that are known from here on; an error says why there shall be
-    /// no fetch.
-    pub fn plan<'a>(&self, spans: &'a Spans, run: Range<u32>) -> Result<&'a [Span], &'static str> {
+    /// What to fetch for `run` of the `spans`, which are known from here on; an error says why there shall be no fetch.
+    pub fn plan<'a>(&self, spans: &'a Spans, geometry: Geometry, run: Range<u32>) -> Result<Plan<'a>, &'static str> {
         let was_known = self.0.get().is_some();
         self.0.get_or_init(|| device_ranges(spans));
-        let covering = spans.covering(run);
+        let plan = Plan::new(spans.all(), geometry, run).ok_or("no such chunks")?;
         // Whoever asked went by likely units: a single zstd frame of hundreds of MiB would be fetched for each read.
-        let is_surprise = covering.iter().any(|span| span.device.end - span.device.start > 8 * SPAN_LEN);
-        match covering {
-            [] => Err("no such chunks"),
-            _ if is_surprise && !was_known => Err("its spans were not known when it was asked"),
-            covering => Ok(covering),
+        let is_surprise = plan.whole().iter().any(|span| span.device.end - span.device.start > 8 * SPAN_LEN);
+        match is_surprise && !was_known {
+            true => Err("its spans were not known when it was asked"),
+            false => Ok(plan),
         }
+    }
+}
+
+/// What a fetch takes: the spans in which its chunks begin, whole, and of those behind them what the last chunk that begins in
+/// these still needs. So a chunk across two spans costs a span only where it begins.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    geometry: Geometry,
+    spans: &'a [Span],
+    /// How many of the spans are taken whole.
+    whole: usize,
+    /// Device offset where the last chunk ends.
+    stop: u64,
+}
+
+impl<'a> Plan<'a> {
+    /// For `run` of a device that is cut by `geometry` and that `spans` make up; `None`: it has no such chunks.
+    pub fn new(spans: &'a [Span], geometry: Geometry, run: Range<u32>) -> Option<Self> {
+        let last = run.end.min(geometry.chunk_count()).checked_sub(1).filter(|last| *last >= run.start)?;
+        let (start, last) = (geometry.range(ChunkIndex(run.start)).start, geometry.range(ChunkIndex(last)).start);
+        let from = spans.partition_point(|span| span.device.end <= start);
+        let whole = spans.partition_point(|span| span.device.start <= last);
+        let whole_end = spans.get(whole.checked_sub(1)?)?.device.end;
+        let stop = whole_end.checked_next_multiple_of(geometry.chunk_size())?.min(geometry.device_size());
+        let to = spans.partition_point(|span| span.device.start < stop);
+        let spans = spans.get(from..to).filter(|spans| !spans.is_empty())?;
+        Some(Self { geometry, spans, whole: whole.checked_sub(from)?, stop })
+    }
+
+    fn whole(&self) -> &'a [Span] {
+        self.spans.get(..self.whole).unwrap_or_default()
+    }
+
+    /// Where the bytes of the blob probably end that are needed.
+    fn likely_end(&self) -> u64 {
+        let Some(last) = self.spans.last() else { return 0 };
+        if self.spans.len() == self.whole {
+            return last.blob.end;
+        }
+        // No encoder makes data longer by more, except on purpose; a zstd block is inflated whole.
+        let slack = match last.checkpoint {
+            Checkpoint::Plain => 0,
+            Checkpoint::MemberStart | Checkpoint::Deflate { .. } => 4 << 10,
+            Checkpoint::FrameStart => 132 << 10,
+        };
+        let needed = self.stop.saturating_sub(last.device.start).saturating_add(slack);
+        last.blob.start.saturating_add(needed).min(last.blob.end)
     }
 }
 
@@ -64,8 +109,11 @@ pub struct SpanPass<'a> {
     before: Option<u8>,
     /// Offset in the blob of the next byte.
     at: u64,
-    /// Where the last span ends in the blob.
+    /// Where the bytes that are needed probably end in the blob, and where they end at the latest.
+    likely_end: u64,
     end: u64,
+    /// Device offset behind which nothing is needed, where that is inside the last span.
+    stop: Option<u64>,
     cutter: Cutter,
     /// Bytes taken that no chunk was counted with.
     untold: usize,
@@ -73,30 +121,32 @@ pub struct SpanPass<'a> {
 }
 
 impl<'a> SpanPass<'a> {
-    /// A pass over `spans`, which are neighbours, of a device that is cut by `geometry`. The bytes that are pushed begin where the
-    /// first span does.
-    pub fn new(spans: &'a [Span], geometry: Geometry) -> Self {
+    /// A pass over what `plan` says. The bytes that are pushed begin where its first span does.
+    pub fn new(plan: &Plan<'a>) -> Self {
+        let spans = plan.spans;
         let (blob_start, device_start) = spans.first().map_or((0, 0), |span| (span.blob.start, span.device.start));
         Self {
+            likely_end: plan.likely_end(),
             end: spans.last().map_or(blob_start, |span| span.blob.end),
+            stop: (spans.len() > plan.whole).then_some(plan.stop),
             spans: spans.iter(),
             current: None,
             before: None,
             at: blob_start,
-            cutter: Cutter::new(geometry, device_start),
+            cutter: Cutter::new(plan.geometry, device_start),
             untold: 0,
             is_done: spans.is_empty(),
         }
     }
 
-    /// Whether the last span came to its end.
+    /// Whether all that was planned was given.
     pub const fn is_done(&self) -> bool {
         self.is_done
     }
 
-    /// The bytes of the blob that are still needed.
+    /// The bytes of the blob to ask for next. There may be more to ask for when they are taken.
     pub const fn blob(&self) -> Range<u64> {
-        self.at..self.end
+        self.at..if self.at < self.likely_end { self.likely_end } else { self.end }
     }
 
     /// Takes the next bytes of the blob and gives the chunks that become whole to `sink`; an error says why the bytes cannot be
@@ -143,6 +193,10 @@ impl<'a> SpanPass<'a> {
             let step = step.map_err(|error| error.to_string())?;
             taken += step.taken;
             self.at += step.taken as u64;
+            if self.stop.is_some_and(|stop| self.cutter.at() >= stop) {
+                self.is_done = true;
+                break;
+            }
             if let Some(last) = step.taken.checked_sub(1).and_then(|last| now.get(last)) {
                 self.before = Some(*last);
             }
@@ -191,5 +245,77 @@ struct Pushed {
 impl fmt::Debug for SpanPass<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SpanPass").field("at", &self.at).field("is_done", &self.is_done).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Spans of a blob that is not compressed, with a header of 100 bytes.
+    fn spans(ends: &[u64]) -> Vec<Span> {
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        let device = starts.zip(ends).map(|(start, end)| start..*end);
+        let span = |device: Range<u64>| Span {
+            blob: device.start + 100..device.end + 100,
+            device,
+            checkpoint: Checkpoint::Plain,
+        };
+        device.map(span).collect()
+    }
+
+    struct Given(Vec<u32>);
+
+    impl ChunkSink for Given {
+        fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], _: usize) -> Result<(), crate::source::WrongChunk> {
+            assert!(plain.iter().all(|byte| u32::from(*byte) == chunk.0), "{chunk}");
+            self.0.push(chunk.0);
+            Ok(())
+        }
+    }
+
+    /// What a fetch of `run` takes of the blob, and gives.
+    async fn fetched(spans: &[Span], geometry: Geometry, run: Range<u32>) -> (Vec<Range<u64>>, Vec<u32>) {
+        let (mut asked, mut given) = (Vec::new(), Given(Vec::new()));
+        let mut pass = SpanPass::new(&Plan::new(spans, geometry, run).unwrap());
+        while !pass.is_done() {
+            let blob = pass.blob();
+            let bytes: Vec<u8> = blob.clone().map(|at| ((at - 100) / geometry.chunk_size()) as u8).collect();
+            asked.push(blob);
+            pass.take(&bytes, &mut given).await.unwrap();
+        }
+        (asked, given.0)
+    }
+
+    #[tokio::test]
+    async fn a_chunk_across_spans_costs_the_one_where_it_begins() {
+        let geometry = Geometry::new(10 * 4096 + 100, 12).unwrap();
+        let spans = spans(&[10_000, 30_000, 32_700, 41_060]);
+        let whole = fetched(&spans, geometry, geometry.chunks()).await;
+        assert_eq!(whole, (vec![100..41_160; 1], geometry.chunks().collect()));
+        // Chunk 2 ends at 12288, in the second span.
+        assert_eq!(fetched(&spans, geometry, 1..2).await, (vec![100..12_388; 1], vec![0, 1, 2]));
+        assert_eq!(fetched(&spans, geometry, 2..3).await, (vec![100..12_388; 1], vec![0, 1, 2]));
+        // Chunk 7 ends at 32768, in the last span.
+        assert_eq!(fetched(&spans, geometry, 3..4).await, (vec![10_100..32_868; 1], (3..8).collect()));
+        // No chunk begins in the third span.
+        assert_eq!(fetched(&spans, geometry, 8..9).await, (vec![32_800..41_160; 1], vec![8, 9, 10]));
+        assert!(Plan::new(&spans, geometry, 3..3).is_none() && Plan::new(&spans, geometry, 11..12).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_longer_than_likely_is_asked_for_again() {
+        let geometry = Geometry::new(8192, 12).unwrap();
+        let mut spans = spans(&[4000, 8192]);
+        // It is told to hold less than it takes.
+        for span in &mut spans {
+            span.blob.end += 50;
+        }
+        spans[1].blob.start += 50;
+        let plan = Plan::new(&spans, geometry, 0..1).unwrap();
+        assert_eq!(plan.likely_end(), spans[1].blob.start + 96);
+        let mut pass = SpanPass::new(&plan);
+        pass.at = plan.likely_end();
+        assert_eq!(pass.blob(), plan.likely_end()..spans[1].blob.end);
     }
 }

@@ -133,8 +133,15 @@ fn write_mesh_seeds() {
     let delegates = vec![Delegate { id: 9, zone: 3, beat: 17 }, Delegate { id: u64::MAX, zone: 0, beat: u32::MAX }];
     let two = [
         tells(0, Greets(hello("10.0.0.1:7071"))),
-        tells(0, Has(LayerHaves { haves: Some(haves(&[0, 64])), delegates })),
-        tells(1, Has(LayerHaves { haves: Some(haves(&[60, 70, 4_000_000_000, u32::MAX])), delegates: Vec::new() })),
+        tells(0, Has(LayerHaves { haves: Some(haves(&[0, 64])), delegates, coming: Vec::new() })),
+        tells(
+            1,
+            Has(LayerHaves {
+                haves: Some(haves(&[60, 70, 4_000_000_000, u32::MAX])),
+                delegates: Vec::new(),
+                coming: Vec::new(),
+            }),
+        ),
     ];
     write("neighbour", 1, &[&two.concat()]);
 

@@ -39,6 +39,15 @@ pub(crate) struct Offer {
     pub(crate) has: Option<ChunkSet>,
     /// A neighbour's zone, where it is another one.
     pub(crate) far: Option<Zone>,
+    /// What a neighbour is about to have from the registry, and when it said so.
+    pub(crate) coming: (Duration, Vec<Range<u32>>),
+}
+
+/// A piece of a layer that one node fetches for all.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Block {
+    pub(crate) number: u32,
+    pub(crate) chunks: Range<u32>,
 }
 
 /// A wanted chunk.
@@ -120,7 +129,7 @@ impl Fetch {
 
 impl Offer {
     pub(crate) fn all(units: Vec<Range<u64>>) -> Self {
-        Self { units, has: None, far: None }
+        Self { units, has: None, far: None, coming: Default::default() }
     }
 
     pub(crate) fn has(&self, chunk: u32) -> bool {
@@ -255,23 +264,57 @@ impl Book {
         end.saturating_sub(start)
     }
 
-    /// The chunks that come whole when `source` is asked for `run`: those of all units that `run` touches.
+    /// The chunks that come when `source` is asked for `run`: all that begin in a unit in which a chunk of the run begins.
     pub(crate) fn cover(&self, source: SourceId, run: &Range<u32>) -> Range<u32> {
+        let begins = |unit: &Range<u64>| self.begin_in(unit);
+        let ends = |chunk: u32| self.unit(source, chunk).map(begins);
+        match (ends(run.start), ends(run.end.saturating_sub(1))) {
+            (Some(first), Some(last)) => first.start.min(run.start)..last.end.max(run.end),
+            _ => run.clone(),
+        }
+    }
+
+    /// The piece of the layer with `chunk` in it, of those of about `bytes` in which it is shared out: whole units where `source`
+    /// has them.
+    pub(crate) fn block(&self, source: SourceId, chunk: u32, bytes: u64) -> Block {
         let units = self.sources.get(&source).map(|offer| offer.units.as_slice()).unwrap_or_default();
-        let bytes = self.geometry.range(ChunkIndex(run.start)).start..self.geometry.range(ChunkIndex(run.end)).start;
-        let first = units.partition_point(|unit| unit.end <= bytes.start);
-        let last = units.partition_point(|unit| unit.start < bytes.end);
-        let (Some(first), Some(last)) = (units.get(first), last.checked_sub(1).and_then(|last| units.get(last))) else {
-            return run.clone();
+        let Some(unit) = self.unit_at(units, chunk) else {
+            let chunks = u32::try_from(bytes >> self.geometry.chunk_log2()).unwrap_or(u32::MAX).max(1);
+            let number = chunk / chunks;
+            let (start, end) = (number * chunks, number.saturating_add(1).saturating_mul(chunks));
+            return Block { number, chunks: start..end.min(self.geometry.chunk_count()) };
         };
-        let size = self.geometry.chunk_size();
-        let start = first.start.div_ceil(size).min(u64::from(run.start)) as u32;
-        let end = if last.end >= self.geometry.device_size() {
-            self.geometry.chunk_count()
-        } else {
-            (last.end / size) as u32
+        // By their mean size, so that it is about the same before a node knows the units and afterwards.
+        let size = (self.geometry.device_size() / units.len() as u64).max(1);
+        let count = usize::try_from(bytes.saturating_add(size / 2) / size).unwrap_or(usize::MAX).max(1);
+        let first = unit - unit % count;
+        let last = first.saturating_add(count).min(units.len()) - 1;
+        let chunks = match (units.get(first), units.get(last)) {
+            (Some(first), Some(last)) => self.begin_in(first).start..self.begin_in(last).end,
+            _ => chunk..chunk.saturating_add(1),
         };
-        start..end.max(run.end)
+        Block { number: u32::try_from(first / count).unwrap_or(u32::MAX), chunks }
+    }
+
+    fn unit(&self, source: SourceId, chunk: u32) -> Option<&Range<u64>> {
+        let units = self.sources.get(&source)?.units.as_slice();
+        units.get(self.unit_at(units, chunk)?)
+    }
+
+    /// In which unit a chunk begins.
+    fn unit_at(&self, units: &[Range<u64>], chunk: u32) -> Option<usize> {
+        let start = self.geometry.range(ChunkIndex(chunk)).start;
+        let at = units.partition_point(|unit| unit.end <= start);
+        (at < units.len()).then_some(at)
+    }
+
+    /// The chunks that begin in a unit.
+    fn begin_in(&self, unit: &Range<u64>) -> Range<u32> {
+        let first_from = |offset: u64| {
+            let chunk = offset.div_ceil(self.geometry.chunk_size());
+            u32::try_from(chunk).unwrap_or(u32::MAX).min(self.geometry.chunk_count())
+        };
+        first_from(unit.start)..first_from(unit.end)
     }
 }
 
@@ -296,11 +339,29 @@ mod tests {
         book.sources.insert(plain, Offer::all(Vec::new()));
         book.sources.insert(units, Offer::all(vec![0..10_000, 10_000..30_000, 30_000..41_060]));
         assert_eq!(book.cover(plain, &(3..5)), 3..5);
-        // Chunk 0 and 1 are whole in the first unit; chunk 2 needs two units.
-        assert_eq!(book.cover(units, &(1..2)), 0..2);
-        assert_eq!(book.cover(units, &(2..3)), 0..7);
+        // Chunk 2 begins in the first unit and ends in the second.
+        assert_eq!(book.cover(units, &(1..2)), 0..3);
+        assert_eq!(book.cover(units, &(2..3)), 0..3);
+        assert_eq!(book.cover(units, &(2..4)), 0..8);
         assert_eq!(book.cover(units, &(9..10)), 8..11);
         assert_eq!(book.bytes(&(9..11)), 4096 + 100);
+    }
+
+    #[test]
+    fn blocks_are_whole_units() {
+        let mut book = Book::new(Geometry::new(10 * 4096 + 100, 12).unwrap());
+        let (plain, units) = (SourceId(1), SourceId(2));
+        book.sources.insert(plain, Offer::all(Vec::new()));
+        book.sources.insert(units, Offer::all(vec![0..10_000, 10_000..20_000, 20_000..30_000, 30_000..41_060]));
+        let block = |source, chunk, bytes| {
+            let Block { number, chunks } = book.block(source, chunk, bytes);
+            (number, chunks)
+        };
+        assert_eq!(block(plain, 5, 3 * 4096), (1, 3..6));
+        assert_eq!(block(plain, 10, 3 * 4096), (3, 9..11));
+        assert_eq!([block(units, 0, 20_000), block(units, 4, 20_000)], [(0, 0..5), (0, 0..5)]);
+        assert_eq!([block(units, 5, 20_000), block(units, 10, 20_000)], [(1, 5..11), (1, 5..11)]);
+        assert_eq!(block(units, 3, 1), (1, 3..5));
     }
 
     #[test]

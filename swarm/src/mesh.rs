@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::book::{Book, Offer};
+use crate::book::{Block, Book, Fetch, Offer};
 use crate::chunk_set::ChunkSet;
 use crate::config::Config;
 use crate::delegates::{BEAT, Delegate, Delegates};
@@ -30,6 +30,8 @@ pub enum Message {
         runs: Vec<Range<u32>>,
         /// Who would ask the registry; may be empty.
         delegates: Vec<Delegate>,
+        /// All that this node fetches from the registry now; may be empty.
+        coming: Vec<Range<u32>>,
     },
     /// To the seeders that introduce for the layer: [`Tracker::report`](crate::Tracker::report).
     Report {
@@ -51,6 +53,12 @@ const ASSIGNED_MAX: usize = 4096;
 const RAREST_OF: u64 = 4;
 /// How many queued chunks are looked at one by one.
 const HEADS: usize = 16;
+/// What a neighbour fetches from the registry is waited for so long after it last said so: three beats.
+const COMING: Duration = BEAT.saturating_mul(3);
+/// A fetch that gave no chunk for so long is not spoken of.
+const COMING_STALL: Duration = Duration::from_secs(2);
+/// Most runs that a neighbour may speak of.
+const COMING_MAX: usize = 64;
 /// When what waits is looked at again if nothing happens.
 const LOOK: Duration = Duration::from_millis(150);
 
@@ -157,7 +165,7 @@ impl Swarm {
         }
         let has = Some(ChunkSet::new(book.geometry.chunk_count()));
         let far = (zone != mesh.zone).then_some(zone);
-        book.sources.insert(source, Offer { units: Vec::new(), has, far });
+        book.sources.insert(source, Offer { units: Vec::new(), has, far, coming: Default::default() });
         self.sources.entry(source).or_insert_with(|| Source::new(SourceKind::Peer)).layers += 1;
     }
 
@@ -188,6 +196,15 @@ impl Swarm {
         }
         if !delegates.is_empty() {
             mesh.delegates.hear(self.now, delegates);
+        }
+    }
+
+    /// A neighbour tells all that it fetches from the registry now: others need not ask for that.
+    pub fn on_coming(&mut self, now: Duration, layer: LayerKey, source: SourceId, runs: &[Range<u32>]) {
+        self.now = self.now.max(now);
+        let offer = self.books.get_mut(&layer).and_then(|book| book.sources.get_mut(&source));
+        if let Some(offer) = offer.filter(|offer| offer.has.is_some()) {
+            offer.coming = (self.now, runs.iter().take(COMING_MAX).cloned().collect());
         }
     }
 
@@ -254,12 +271,26 @@ impl Swarm {
     }
 
     pub(crate) fn tell(&mut self, layer: LayerKey, with_delegates: bool) {
-        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+        let Some(book) = self.books.get_mut(&layer) else { return };
+        let is_coming = |fetch: &&Fetch| {
+            self.sources.get(&fetch.source).is_some_and(|source| source.kind == SourceKind::Registry)
+                && fetch.last_progress + COMING_STALL > self.now
+        };
+        let fetches = book.fetches.iter().filter_map(|id| self.fetches.get(id)).filter(is_coming);
+        let coming = if self.config.leech { Vec::new() } else { united(fetches.map(|fetch| fetch.cover.clone())) };
+        let Some(mesh) = &mut book.mesh else { return };
         self.timers.set(&mut mesh.tell_at, None, Timer::Tell(layer));
         let runs = mesh.untold.runs().collect();
         mesh.untold.clear();
         let delegates = if with_delegates { mesh.delegates.told() } else { Vec::new() };
-        self.messages.push_back(Message::Haves { layer, runs, delegates });
+        self.messages.push_back(Message::Haves { layer, runs, delegates, coming });
+    }
+
+    /// Neighbours hear at once that the registry is asked.
+    pub(crate) fn tell_of_registry(&mut self, layer: LayerKey) {
+        if let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) {
+            self.timers.set(&mut mesh.tell_at, Some(self.now), Timer::Tell(layer));
+        }
     }
 
     pub(crate) fn beat(&mut self, layer: LayerKey) {
@@ -391,7 +422,8 @@ impl Swarm {
                 SourceKind::Local | SourceKind::Peer | SourceKind::Seeder => true,
                 SourceKind::Registry => self.seeder_gone_at(book, mesh, Priority::Demand).is_some_and(|gone| {
                     let ranks = self.ranks(mesh, gone, self.config.delegate_patience / 4);
-                    mesh.delegates.is_mine(self.block(book, chunk), ranks, false)
+                    let number = self.block(book, *id, chunk).number;
+                    self.coming(book, chunk).is_none() && mesh.delegates.is_mine(number, ranks, false)
                 }),
             };
             is_allowed.then_some((source.kind, offer.far.is_some(), source.in_flight_bytes(), *id))
@@ -451,7 +483,7 @@ impl Swarm {
             if is_far && priority != Priority::Demand {
                 let gone = *far_allowed.get_or_insert_with(|| self.seeder_gone_at(book, mesh, priority));
                 let ranks = |gone: Duration| self.ranks(mesh, gone, self.config.delegate_patience);
-                let is_mine = |gone| mesh.delegates.is_mine(self.block(book, chunk), ranks(gone), true);
+                let is_mine = |gone| mesh.delegates.is_mine(self.block(book, id, chunk).number, ranks(gone), true);
                 let is_stuck = mesh.last_start + self.config.orphan_patience * 4 <= self.now;
                 if !is_stuck && !gone.is_some_and(is_mine) {
                     continue;
@@ -508,24 +540,34 @@ impl Swarm {
         let mut from = 0;
         for _ in 0..HEADS * 4 {
             let chunk = queued.next_not_in(&mesh.peers_have, from, u32::MAX)?;
-            let block = self.block(book, chunk);
-            let end = self.block_end(book, block);
+            if let Some(coming) = self.coming(book, chunk) {
+                from = coming.end.max(chunk.saturating_add(1));
+                continue;
+            }
+            let block = self.block(book, id, chunk);
+            let end = block.chunks.end;
             let since = book.want(chunk).map_or(Duration::ZERO, |want| want.since);
             let ranks = match priority {
                 Priority::Demand => self.ranks(mesh, gone.max(since), self.config.delegate_patience / 4),
                 Priority::Readahead | Priority::Background => self.ranks(mesh, gone, self.config.delegate_patience),
             };
             let avoided = picker::from(source, book, id, chunk, priority) > self.now;
-            if !avoided && mesh.delegates.is_mine(block, ranks, false) {
+            if !avoided && mesh.delegates.is_mine(block.number, ranks, false) {
                 let joins = |chunk: u32| chunk < end && queued.contains(chunk) && !mesh.peers_have.contains(chunk);
                 let run = self.run(book, chunk, self.config.background_run_bytes_units, joins);
                 let bytes = book.bytes(&book.cover(id, &run));
                 let has_room = source.has_room(&self.config, priority, picker::load(&self.config, bytes));
                 return has_room.then_some((id, run));
             }
-            from = end;
+            from = end.max(chunk.saturating_add(1));
         }
         None
+    }
+
+    /// What a neighbour fetches from the registry that brings `chunk`.
+    fn coming<'a>(&self, book: &'a Book, chunk: u32) -> Option<&'a Range<u32>> {
+        let told = book.sources.values().map(|offer| &offer.coming).filter(|(at, _)| *at + COMING > self.now);
+        told.flat_map(|(_, runs)| runs).find(|run| run.contains(&chunk))
     }
 
     /// How many delegates may fetch a block: one more for each `patience` in which nothing came.
@@ -554,17 +596,8 @@ impl Swarm {
     }
 
     /// The unit in which delegates share a blob.
-    fn block(&self, book: &Book, chunk: u32) -> u32 {
-        chunk / self.block_chunks(book)
-    }
-
-    fn block_end(&self, book: &Book, block: u32) -> u32 {
-        (block + 1).saturating_mul(self.block_chunks(book)).min(book.geometry.chunk_count())
-    }
-
-    fn block_chunks(&self, book: &Book) -> u32 {
-        let chunks = self.config.background_run_bytes_units >> book.geometry.chunk_log2();
-        u32::try_from(chunks).unwrap_or(u32::MAX).max(1)
+    fn block(&self, book: &Book, source: SourceId, chunk: u32) -> Block {
+        book.block(source, chunk, self.config.background_run_bytes_units)
     }
 
     fn run(&self, book: &Book, chunk: u32, bytes_max: u64, joins: impl Fn(u32) -> bool) -> Range<u32> {
@@ -575,6 +608,20 @@ impl Swarm {
         }
         chunk..end
     }
+}
+
+/// In order, those that touch as one.
+fn united(runs: impl Iterator<Item = Range<u32>>) -> Vec<Range<u32>> {
+    let mut runs: Vec<_> = runs.collect();
+    runs.sort_unstable_by_key(|run| run.start);
+    runs.dedup_by(|next, run| {
+        let touches = next.start <= run.end;
+        if touches {
+            run.end = run.end.max(next.end);
+        }
+        touches
+    });
+    runs
 }
 
 /// Sums up what neighbours have that can be counted on.

@@ -658,6 +658,9 @@ impl Swarm {
         }
         self.arm_hedge(id);
         self.actions.push_back(Action::Fetch { fetch: id, layer, source, run, priority, is_hedge });
+        if kind == Some(SourceKind::Registry) {
+            self.tell_of_registry(layer);
+        }
     }
 
     fn remove_fetch(&mut self, id: FetchId) -> Option<Fetch> {

@@ -95,7 +95,7 @@ fn neighbours_hear_within_the_delay_what_came() {
     }
     assert_eq!(swarm.poll_message(), None);
     swarm.handle_timeout(ms(55));
-    let told = Message::Haves { layer: LAYER, runs: vec![0..2; 1], delegates: Vec::new() };
+    let told = Message::Haves { layer: LAYER, runs: vec![0..2; 1], delegates: Vec::new(), coming: Vec::new() };
     assert_eq!(swarm.poll_message(), Some(told));
 }
 
@@ -235,6 +235,47 @@ fn a_busy_neighbour_is_left_without_blame() {
     swarm.on_end(ms(1), fetch, Outcome::Busy { retry_after: ms(20) });
     assert!(fetches(&mut swarm, ms(10)).is_empty());
     assert!(fetches(&mut swarm, ms(21)).iter().all(|(_, source, _)| *source == only));
+}
+
+/// Once all seeders are gone.
+fn asked_of_the_registry(swarm: &mut Swarm, now: Duration) -> Vec<std::ops::Range<u32>> {
+    swarm.handle_timeout(now);
+    fetches(swarm, now).into_iter().filter(|(_, source, _)| *source == REGISTRY).map(|(.., run)| run).collect()
+}
+
+#[test]
+fn what_a_neighbour_fetches_from_the_registry_is_waited_for() {
+    let mut swarm = core(Config::default());
+    swarm.remove_source(LAYER, SEEDER);
+    let other = neighbour(&mut swarm, 11, 1, 0..0);
+    swarm.on_coming(ms(0), LAYER, other, std::slice::from_ref(&(0..CHUNKS)));
+    swarm.want(ms(0), LAYER, 3..4, Priority::Demand, ms(20_000));
+    assert_eq!(asked_of_the_registry(&mut swarm, ms(1_000)), []);
+    // As long as it says so, whatever the patience.
+    swarm.on_coming(ms(1_400), LAYER, other, std::slice::from_ref(&(0..CHUNKS)));
+    assert_eq!(asked_of_the_registry(&mut swarm, ms(2_800)), []);
+    assert_eq!(asked_of_the_registry(&mut swarm, ms(3_100)), [3..4]);
+}
+
+#[test]
+fn neighbours_hear_at_once_what_comes_from_the_registry() {
+    let mut swarm = core(Config::default());
+    swarm.remove_source(LAYER, SEEDER);
+    neighbour(&mut swarm, 11, 1, 0..0);
+    swarm.want(ms(0), LAYER, 3..4, Priority::Demand, ms(20_000));
+    let mut told = Vec::new();
+    while !told.contains(&vec![3..4; 1]) {
+        let now = swarm.poll_timeout().unwrap();
+        assert!(now < ms(3_000), "{told:?}");
+        swarm.handle_timeout(now);
+        fetches(&mut swarm, now);
+        while let Some(message) = swarm.poll_message() {
+            if let Message::Haves { coming, .. } = message {
+                told.push(coming);
+            }
+        }
+    }
+    assert!(told.iter().rev().skip(1).all(Vec::is_empty), "{told:?}");
 }
 
 #[test]

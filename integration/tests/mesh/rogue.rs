@@ -146,7 +146,7 @@ impl Member {
                 }
                 Some(from_seeder::Message::Introduce(api::Introduce { peer: Some(peer), .. })) => {
                     let channel = peer::channel(peer.address.parse()?, &self.security)?;
-                    let haves = api::LayerHaves { haves: Some(haves.clone()), delegates: Vec::new() };
+                    let haves = api::LayerHaves { haves: Some(haves.clone()), ..Default::default() };
                     let says = [to_neighbour::Message::Hello(hello.clone()), to_neighbour::Message::Haves(haves)];
                     let says = says.map(|message| api::ToNeighbour { message: Some(message) });
                     lines.push(tokio::spawn(async move {

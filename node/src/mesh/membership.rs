@@ -232,6 +232,7 @@ impl Membership {
                     (self.meet(now, swarm, inbox, key, address, zone), runs::decode(&told.runs))
                 {
                     swarm.on_haves(now, key, id, &runs, &delegates);
+                    swarm.on_coming(now, key, id, &runs::decode(&haves.coming).unwrap_or_default());
                 }
             }
             Event::CallerDown { address, call } => {
@@ -252,9 +253,10 @@ impl Membership {
         while let Some(message) = swarm.poll_message() {
             told = true;
             match message {
-                Message::Haves { layer, runs, delegates } => {
+                Message::Haves { layer, runs, delegates, coming } => {
                     let Some(member) = self.members.get(&layer) else { continue };
-                    let message = layer_haves(member.blob, runs, delegates);
+                    let mut message = layer_haves(member.blob, runs, delegates);
+                    message.coming = runs::encode(coming);
                     for neighbour in self.neighbours.values_mut().filter(|other| other.layers.contains(&layer)) {
                         neighbour.tell(message.clone());
                     }
@@ -492,7 +494,7 @@ fn layer_haves(blob: Digest, runs: Vec<Range<u32>>, delegates: Vec<Delegate>) ->
         zone: delegate.zone.0,
         beat: delegate.beat,
     });
-    api::LayerHaves { haves: Some(haves(blob, runs)), delegates: delegates.collect() }
+    api::LayerHaves { haves: Some(haves(blob, runs)), delegates: delegates.collect(), coming: Vec::new() }
 }
 
 fn delegate(told: &api::Delegate) -> Delegate {

@@ -47,16 +47,19 @@ impl RegistrySource {
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
         let missing = |reason| SourceError::Missing { source_label: self.label(), reason };
         let spans = self.spans.spans().await.map_err(missing)?;
-        let covering = self.units.plan(&spans, run).map_err(|reason| missing(reason.to_owned()))?;
-        let mut pass = SpanPass::new(covering, self.geometry);
-        let blob = pass.blob();
-        let opened = self.client.blob(&self.blob, blob.start, Some(blob.end)).await;
-        let mut body = opened.map_err(|error| self.error(error))?;
+        let plan = self.units.plan(&spans, self.geometry, run).map_err(|reason| missing(reason.to_owned()))?;
+        let mut pass = SpanPass::new(&plan);
         while !pass.is_done() {
-            let Some(bytes) = body.next().await.map_err(|error| self.error(error))? else {
+            let blob = pass.blob();
+            let opened = self.client.blob(&self.blob, blob.start, Some(blob.end)).await;
+            let mut body = opened.map_err(|error| self.error(error))?;
+            while !pass.is_done() {
+                let Some(bytes) = body.next().await.map_err(|error| self.error(error))? else { break };
+                pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
+            }
+            if !pass.is_done() && pass.blob().start < blob.end {
                 return Err(self.corrupt("the blob ended inside a span".to_owned()));
-            };
-            pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
+            }
         }
         Ok(())
     }

@@ -2,6 +2,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::*;
+use crate::config::CacheConfig;
 use crate::ingest::tests::{Sample, TestSeeder, finished, ingester, registry_client};
 use crate::ingest::{Ingester, Phase};
 use crate::registry::fake::FakeRegistry;
@@ -35,7 +36,8 @@ impl Scene {
     }
 
     fn node(&self) -> Arc<Node> {
-        Node::open(NodeConfig::new(self.folder.path().join("node"))).unwrap()
+        Node::open(NodeConfig { cache: CacheConfig::WHOLE_DISK, ..NodeConfig::new(self.folder.path().join("node")) })
+            .unwrap()
     }
 
     fn resolver(&self, node: &Arc<Node>, seeder: &str, security: &Security) -> Resolver {
@@ -337,7 +339,7 @@ async fn spans_that_surprise_are_planned_with_first() {
 /// A few bytes of zstd can inflate to any number: they are given as they come, never gathered.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_inflates_much_is_given_piece_by_piece() {
-    use crate::span_pass::SpanPass;
+    use crate::span_pass::{Plan, SpanPass};
     const DEVICE: u64 = 1 << 30;
     let mut blob = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 10 << 3];
     for block in 1..=DEVICE >> 17 {
@@ -360,7 +362,8 @@ async fn what_inflates_much_is_given_piece_by_piece() {
     }
     let mut sink = Counted(0);
     let spans = [span];
-    let mut pass = SpanPass::new(&spans, layer::Geometry::new(DEVICE, 17).unwrap());
+    let geometry = layer::Geometry::new(DEVICE, 17).unwrap();
+    let mut pass = SpanPass::new(&Plan::new(&spans, geometry, geometry.chunks()).unwrap());
     assert!(pass.take(&blob, &mut sink).await.is_err());
     assert!(sink.0 < 66 << 20, "{}", sink.0);
 }

@@ -38,18 +38,21 @@ impl ContentSource {
 
     async fn fetch_run(&self, run: Range<u32>, sink: &mut dyn ChunkSink) -> Result<(), SourceError> {
         let spans = self.spans().await?;
-        let covering = self.units.plan(&spans, run).map_err(|reason| self.missing(reason.to_owned()))?;
-        let mut pass = SpanPass::new(covering, self.geometry);
-        let opened = self.content.open(&self.namespace, self.blob, pass.blob()).await;
-        let Some(mut body) = opened.map_err(|error| self.error(&error))? else { return Err(self.forget()) };
+        let plan = self.units.plan(&spans, self.geometry, run).map_err(|reason| self.missing(reason.to_owned()))?;
+        let mut pass = SpanPass::new(&plan);
         while !pass.is_done() {
-            let Some(bytes) = body.next().await.map_err(|error| self.error(&error))? else { break };
-            pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
+            let blob = pass.blob();
+            let opened = self.content.open(&self.namespace, self.blob, blob.clone()).await;
+            let Some(mut body) = opened.map_err(|error| self.error(&error))? else { return Err(self.forget()) };
+            while !pass.is_done() {
+                let Some(bytes) = body.next().await.map_err(|error| self.error(&error))? else { break };
+                pass.take(&bytes, sink).await.map_err(|reason| self.corrupt(reason))?;
+            }
+            if !pass.is_done() && pass.blob().start < blob.end {
+                return Err(self.corrupt("the blob ended inside a span".to_owned()));
+            }
         }
-        match pass.is_done() {
-            true => Ok(()),
-            false => Err(self.corrupt("the blob ended inside a span".to_owned())),
-        }
+        Ok(())
     }
 
     /// The layer's spans, read from disk with each call: the kernel keeps them at hand while they are in use, and nobody
@@ -156,7 +159,9 @@ mod tests {
     async fn reads_a_blob_of_this_machine_and_forgets_one_that_was_deleted() {
         let containerd = FakeContainerd::start();
         let folder = tempfile::tempdir().unwrap();
-        let node = Node::open(NodeConfig::new(folder.path())).unwrap();
+        let node =
+            Node::open(NodeConfig { cache: node::config::CacheConfig::WHOLE_DISK, ..NodeConfig::new(folder.path()) })
+                .unwrap();
         let (here, blob) = layer(&node, &"here ".repeat(20_000));
         let digest = containerd.put("here", &blob, &[]);
         assert_eq!(digest, here.header().blob());

@@ -188,6 +188,7 @@ struct Told {
     to: Option<usize>,
     runs: Vec<Range<u32>>,
     delegates: Vec<Delegate>,
+    coming: Vec<Range<u32>>,
 }
 
 #[derive(Debug)]
@@ -532,9 +533,9 @@ impl Simulation {
         }
         while let Some(message) = self.core(at).poll_message() {
             match message {
-                Message::Haves { runs, delegates, .. } => {
+                Message::Haves { runs, delegates, coming, .. } => {
                     if !self.nodes[at - NODES].is_liar {
-                        self.tell(Told { from: at, to: None, runs, delegates });
+                        self.tell(Told { from: at, to: None, runs, delegates, coming });
                     }
                 }
                 Message::Report { runs, .. } => self.track(Tracked::Report(at, runs)),
@@ -856,6 +857,7 @@ impl Simulation {
         for to in neighbours {
             if self.machines[to].alive {
                 self.core(to).on_haves(now, LAYER, SourceId(told.from as u64), &told.runs, &told.delegates);
+                self.core(to).on_coming(now, LAYER, SourceId(told.from as u64), &told.coming);
                 self.drive(to);
             }
         }
@@ -935,7 +937,7 @@ impl Simulation {
         } else if !node.is_leech {
             runs.extend(node.core.have(LAYER).into_iter().flat_map(|have| have.runs()));
         }
-        self.tell(Told { from: to, to: Some(of), runs, delegates: Vec::new() });
+        self.tell(Told { from: to, to: Some(of), runs, delegates: Vec::new(), coming: Vec::new() });
     }
 
     fn drive_tracker(&mut self) {
