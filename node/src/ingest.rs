@@ -26,7 +26,7 @@ mod window;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -210,6 +210,8 @@ struct Shared {
 pub struct Flight {
     /// Where the blob comes from.
     registry: String,
+    /// All of it does: nothing was here from an earlier ingest, which may have been another registry's.
+    is_from_start: AtomicBool,
     phase: watch::Sender<Phase>,
     frames: watch::Sender<Option<Arc<Frames>>>,
     ended: Mutex<Option<Instant>>,
@@ -223,9 +225,10 @@ impl Flight {
         self.phase.subscribe()
     }
 
-    /// Whether it is under way, and from `registry`.
+    /// Whether it is under way, and all its bytes come from `registry`.
     pub(crate) fn reads_from(&self, registry: &str) -> bool {
-        self.registry == registry && matches!(*self.phase.borrow(), Phase::Running(_))
+        let is_from_start = self.is_from_start.load(Ordering::Acquire);
+        is_from_start && self.registry == registry && matches!(*self.phase.borrow(), Phase::Running(_))
     }
 
     /// The chunks made so far; `None` while it waits for its turn.
@@ -313,6 +316,7 @@ impl Ingester {
         let progress = Progress { blob_size: blob.size, ..Progress::default() };
         let flight = Arc::new(Flight {
             registry: blob.registry.clone(),
+            is_from_start: AtomicBool::new(false),
             phase: watch::Sender::new(Phase::Running(progress)),
             frames: watch::Sender::new(None),
             ended: Mutex::new(None),
@@ -495,6 +499,8 @@ impl Ingester {
         reservation: Arc<Mutex<Reservation>>,
     ) -> Result<Arc<Known>, Ended> {
         let Prepared { incoming, frames, has_blob, blob_here } = prepared;
+        // Before anyone can follow.
+        flight.is_from_start.store(!has_blob && blob_here == 0, Ordering::Release);
         flight.frames.send_replace(Some(Arc::clone(&frames)));
         let (sender, pieces) = pieces();
         let pass = Pass {

@@ -214,8 +214,7 @@ async fn a_grant_for_an_ingest_is_good_for_nothing_else() {
     let scene = Scene::new(93, Duration::ZERO).await;
     // It goes on until the end of the test.
     scene.registry.set(|behaviour| behaviour.stall_after = Some(1 << 20));
-    let phase = scene.ingester.ask(&scene.blob).await.unwrap();
-    assert!(matches!(*phase.borrow(), Phase::Running(_)));
+    begin(&scene, &scene.blob).await;
     let header = scene.grant("n").await;
     let grant = opened(&scene, &header);
     assert_eq!(grant.stage, Stage::Ingest);
@@ -232,6 +231,35 @@ async fn a_grant_for_an_ingest_is_good_for_nothing_else() {
     seeders.grants().note(&scene.other.put_blob(scene.sample.blob.clone()));
     let grant = opened(&scene, &seeders.grants().renew(scene.blob.digest, None).await.unwrap());
     assert_eq!(grant.registry, scene.registry.host(), "the next place that was named");
+}
+
+/// Starts an ingest and waits until it reads.
+async fn begin(scene: &Scene, blob: &BlobRef) {
+    let phase = scene.ingester.ask(blob).await.unwrap();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !scene.ingester.flight(blob.digest).is_some_and(|flight| flight.frames().is_some()) {
+        assert!(std::time::Instant::now() < deadline, "it does not begin");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(matches!(*phase.borrow(), Phase::Running(_)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_earlier_ingest_left_is_not_given_to_who_names_another_registry() {
+    let scene = Scene::new(101, Duration::ZERO).await;
+    // An ingest from the private registry broke off.
+    let begun = scene.folder.path().join("seeder/incoming").join(scene.blob.digest.hex());
+    std::fs::create_dir_all(&begun).unwrap();
+    std::fs::write(begun.join("blob"), &scene.sample.blob[..2 << 20]).unwrap();
+    let elsewhere = BlobRef { registry: scene.other.host(), ..scene.blob.clone() };
+    scene.other.corrupt_blob(&elsewhere, vec![0; scene.sample.blob.len()]);
+    scene.other.set(|behaviour| behaviour.stall_after = Some(1));
+    begin(&scene, &elsewhere).await;
+    let seeders =
+        seeder::Client::new(&scene.seeders(), scene.cluster.security(Role::Node, "n"), seeder::Options::default());
+    seeders.grants().note(&elsewhere);
+    let error = seeders.grants().renew(scene.blob.digest, None).await.unwrap_err();
+    assert!(error.contains("is being read"), "{error}");
 }
 
 fn caller_of(grant: &Grant) -> crate::security::tls::Caller {
