@@ -216,6 +216,9 @@ impl Driver {
             taken += 1;
             next = if taken < EVENTS_AT_ONCE { self.events.try_recv().ok() } else { None };
         }
+        if let Some(mesh) = &self.mesh {
+            mesh.show();
+        }
     }
 
     /// Takes all notes, does all that follows; gives when to look again if nothing happens.

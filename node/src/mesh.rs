@@ -8,6 +8,7 @@
 //! - `neighbours`: their lines to this node.
 //! - [`peer`]: another node, seen from this one: connections to it, and its chunks.
 //! - [`serving`]: what this node gives to others, and to whom when.
+//! - [`standing`]: what all that comes to, for the operator.
 //! - [`tracker`]: the seeder's part.
 //! - [`runs`]: runs of chunks in messages.
 
@@ -19,6 +20,7 @@ mod neighbours;
 pub mod peer;
 pub mod runs;
 pub mod serving;
+pub mod standing;
 pub mod tracker;
 
 use std::collections::BTreeSet;
@@ -43,6 +45,7 @@ use crate::serve::{self, Listener};
 pub use asking::{Asker, Turned};
 pub use member::{Member, OwnAddress};
 pub use serving::{Holders, Sharing};
+pub use standing::Standing;
 pub use tracker::Tracker;
 
 /// How a node takes part.
@@ -69,6 +72,7 @@ const CONNECTIONS: usize = 1024;
 /// A node's part in the mesh. Dropping it leaves the mesh.
 #[derive(Debug)]
 pub struct Mesh {
+    watch: standing::Watch,
     _stop: DropGuard,
 }
 
@@ -82,14 +86,27 @@ impl Mesh {
     pub fn start(node: &Arc<Node>, options: Options, security: Security, seeders: seeder::Client) -> Self {
         let stop = CancellationToken::new();
         let node = node.clone();
-        let run = run(node, options, security, seeders, stop.clone());
+        let watch = standing::Watch::default();
+        let run = run(node, options, security, seeders, watch.clone(), stop.clone());
         let stopped = stop.clone();
         tokio::spawn(async move { stopped.run_until_cancelled(run).await });
-        Self { _stop: stop.drop_guard() }
+        Self { watch, _stop: stop.drop_guard() }
+    }
+
+    /// Tells where this node stands.
+    pub fn watch(&self) -> standing::Watch {
+        self.watch.clone()
     }
 }
 
-async fn run(node: Arc<Node>, options: Options, security: Security, seeders: seeder::Client, stop: CancellationToken) {
+async fn run(
+    node: Arc<Node>,
+    options: Options,
+    security: Security,
+    seeders: seeder::Client,
+    watch: standing::Watch,
+    stop: CancellationToken,
+) {
     let listener = bind(&options.listen, &security).await;
     let Ok(address) = listener.local_addr() else { return };
     let refused = Refused::default();
@@ -110,7 +127,7 @@ async fn run(node: Arc<Node>, options: Options, security: Security, seeders: see
         demand,
         events: events.clone(),
     };
-    let membership = Membership::new(Zone::named(&options.zone), options.leech, lines.clone(), refused);
+    let membership = Membership::new(Zone::named(&options.zone), options.leech, lines.clone(), refused, watch);
     if events.send(Event::Start(Box::new(membership))).await.is_ok() {
         lines.hold_seeders(seeders).await;
     }

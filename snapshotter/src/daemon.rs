@@ -124,7 +124,10 @@ pub async fn serve(
     let mut server = std::pin::pin!(
         Server::builder()
             .add_service(service.into_server())
-            .add_service(NodeServer::new(StatusService(layers.clone())))
+            .add_service(NodeServer::new(StatusService {
+                layers: layers.clone(),
+                mesh: mesh.as_ref().map(Mesh::watch),
+            }))
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
                 let _ = stopped.await;
             })

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use super::lines::{Lines, NeighbourLine};
 use super::member::Member;
 use super::peer::{PeerClient, PeerSource};
+use super::standing::{Standing, Watch};
 use super::{Refused, runs};
 use crate::driver::Inbox;
 use crate::layer::Layer;
@@ -56,6 +57,7 @@ pub(crate) struct Membership {
     leech: bool,
     lines: Lines,
     refused: Refused,
+    watch: Watch,
     me: Option<SocketAddr>,
     /// Those that welcomed this node.
     seeders: BTreeMap<String, mpsc::Sender<api::ToSeeder>>,
@@ -87,12 +89,13 @@ struct Neighbour {
 }
 
 impl Membership {
-    pub(crate) fn new(zone: Zone, leech: bool, lines: Lines, refused: Refused) -> Self {
+    pub(crate) fn new(zone: Zone, leech: bool, lines: Lines, refused: Refused, watch: Watch) -> Self {
         Self {
             zone,
             leech,
             lines,
             refused,
+            watch,
             me: None,
             seeders: BTreeMap::new(),
             members: BTreeMap::new(),
@@ -245,6 +248,16 @@ impl Membership {
             }
         }
         false
+    }
+
+    /// Says where this node stands.
+    pub(crate) fn show(&self) {
+        let is_near = |neighbour: &&Neighbour| neighbour.outlet.is_some() || neighbour.call.is_some();
+        self.watch.set(Standing {
+            address: self.me,
+            seeders: self.seeders.keys().cloned().collect(),
+            neighbours: self.neighbours.values().filter(is_near).count(),
+        });
     }
 
     /// Sends what the swarm wants told; gives whether there was anything.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
 use bytesize::ByteSize;
-use proto::drover::node::v1::{Image, Layer, LayerState, StatusResponse};
+use proto::drover::node::v1::{Image, Layer, LayerState, Mesh, StatusResponse};
 
 /// Writes `status` for people: an image a paragraph, a layer a line where `layers` asks for it.
 pub fn render(status: &StatusResponse, layers: bool) -> String {
@@ -20,6 +20,9 @@ fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt:
     if !status.not_lazy.is_empty() {
         writeln!(out, "no layer can be lazy on this node: {}", status.not_lazy)?;
     }
+    if let Some(mesh) = &status.mesh {
+        write_mesh(out, mesh)?;
+    }
     if status.images.is_empty() {
         writeln!(out, "no images")?;
     }
@@ -27,6 +30,19 @@ fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt:
         write_image(out, image, layers)?;
     }
     Ok(())
+}
+
+fn write_mesh(out: &mut String, mesh: &Mesh) -> fmt::Result {
+    if mesh.address.is_empty() {
+        return writeln!(out, "mesh: no seeder has answered yet");
+    }
+    let lines = if mesh.seeders.is_empty() { "no seeder".to_owned() } else { mesh.seeders.join(", ") };
+    let (neighbours, given) = (mesh.neighbours, size(mesh.given_bytes));
+    writeln!(
+        out,
+        "mesh: {} with a line to {lines}, {neighbours} neighbours, {given} given to other nodes",
+        mesh.address
+    )
 }
 
 fn write_image(out: &mut String, image: &Image, layers: bool) -> fmt::Result {
@@ -128,6 +144,7 @@ mod tests {
             not_lazy: String::new(),
             bytes_max: 8 << 20,
             disk_bytes: 2 << 20,
+            mesh: None,
         };
         let text = render(&status, false);
         assert!(text.contains("2.0 MiB on disk, 1.0 MiB of at most 8.0 MiB in the devices"), "{text}");
@@ -138,5 +155,22 @@ mod tests {
         assert!(text.contains("default/7/sha256:cc ordinary: no seeder answered"), "{text}");
         assert!(!text.contains("sha256:bb"), "{text}");
         assert!(render(&status, true).contains("sha256:bb partial"));
+        assert!(!text.contains("mesh"), "{text}");
+    }
+
+    #[test]
+    fn shows_the_mesh() {
+        let text = |mesh| render(&StatusResponse { mesh: Some(mesh), ..StatusResponse::default() }, false);
+        assert!(text(Mesh::default()).contains("mesh: no seeder has answered yet"));
+        let mut mesh = Mesh {
+            address: "10.0.0.7:7071".into(),
+            seeders: vec!["10.0.0.1:7070".into(), "10.0.0.2:7070".into()],
+            neighbours: 12,
+            given_bytes: 3 << 20,
+        };
+        let want = "mesh: 10.0.0.7:7071 with a line to 10.0.0.1:7070, 10.0.0.2:7070, 12 neighbours, 3.0 MiB given to other nodes";
+        assert!(text(mesh.clone()).contains(want), "{}", text(mesh));
+        mesh.seeders.clear();
+        assert!(text(mesh).contains("with a line to no seeder, 12 neighbours"));
     }
 }

@@ -3,6 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use node::counters::CounterValues;
+use node::mesh::Standing;
+use node::mesh::standing::Watch;
 use node::source::SourceKind;
 use proto::drover::node::v1 as api;
 use proto::drover::node::v1::node_server::Node as NodeService;
@@ -14,17 +17,32 @@ use crate::snapshots::{Backing, Kind, LazyBacking, Snapshot, StoreError};
 
 /// Answers from the records and the engine; never the network.
 #[derive(Debug)]
-pub struct StatusService(pub Arc<ImageLayers>);
+pub struct StatusService {
+    /// Everything about images.
+    pub layers: Arc<ImageLayers>,
+    /// The node's part in the mesh, where it has one.
+    pub mesh: Option<Watch>,
+}
 
 #[tonic::async_trait]
 impl NodeService for StatusService {
     async fn status(&self, _: Request<api::StatusRequest>) -> Result<Response<api::StatusResponse>, Status> {
-        let layers = self.0.clone();
-        let status = tokio::task::spawn_blocking(move || collect(&layers))
+        let layers = self.layers.clone();
+        let mut status = tokio::task::spawn_blocking(move || collect(&layers))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::internal(error.to_string()))?;
+        status.mesh = self.mesh.as_ref().map(|watch| mesh(watch.standing(), &self.layers.node.counters()));
         Ok(Response::new(status))
+    }
+}
+
+fn mesh(standing: Standing, counters: &CounterValues) -> api::Mesh {
+    api::Mesh {
+        address: standing.address.map(|address| address.to_string()).unwrap_or_default(),
+        seeders: standing.seeders,
+        neighbours: u32::try_from(standing.neighbours).unwrap_or(u32::MAX),
+        given_bytes: counters.given_bytes,
     }
 }
 
@@ -63,6 +81,7 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
         bytes_max: if used.limit == u64::MAX { 0 } else { used.limit },
         disk_bytes: layers.store.disk_bytes()?,
         not_lazy: layers.ability.as_ref().and_then(|ability| ability.refusal()).unwrap_or_default(),
+        mesh: None,
     })
 }
 
