@@ -71,9 +71,10 @@ pub struct Config {
     pub peer_hedge_after_min: Duration,
     /// A neighbour is late after this at the latest, and while little was learned.
     pub peer_hedge_after_max: Duration,
-    /// A neighbour that gives nothing of a background run for so long loses it, and rests. One that gives nothing at all for so long,
-    /// and a seeder after twice that, loses all that it was asked for.
+    /// A neighbour that gives nothing of a background run for so long loses it, and rests.
     pub peer_stall: Duration,
+    /// A neighbour or seeder that gives nothing at all for so long while a reader waits for it loses all that it was asked for.
+    pub mute_after: Duration,
     /// A seeder of a mesh, which keeps its line short, is late with demand after this.
     pub seeder_hedge_after: Duration,
     /// Up to so many demanded chunks are fetched in their order, each as soon as possible. More are many readers at once:
@@ -132,6 +133,7 @@ impl Default for Config {
             peer_hedge_after_min: Duration::from_millis(20),
             peer_hedge_after_max: Duration::from_millis(60),
             peer_stall: Duration::from_secs(1),
+            mute_after: Duration::from_millis(750),
             seeder_hedge_after: Duration::from_millis(250),
             ordered_max: 16,
             crowd_fetches_max: 2,

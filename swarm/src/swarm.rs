@@ -705,7 +705,7 @@ impl Swarm {
         let after = match fetch.is_hedge {
             false => after,
             // Not asked a third time, but not waited for without end either.
-            true => fetch.in_mesh.then_some(self.config.peer_stall),
+            true => fetch.in_mesh.then_some(self.config.mute_after),
         };
         let at = after.map(|after| self.now + after);
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
@@ -763,9 +763,7 @@ impl Swarm {
     /// whatever that costs. Bytes that make up no chunk count for nothing.
     fn is_mute(&self, fetch: &Fetch) -> bool {
         let Some(source) = self.sources.get(&fetch.source).filter(|_| fetch.in_mesh) else { return false };
-        let patience =
-            if source.kind == SourceKind::Seeder { self.config.peer_stall * 2 } else { self.config.peer_stall };
-        source.last_progress.unwrap_or_default().max(fetch.last_progress) + patience <= self.now
+        source.last_progress.unwrap_or_default().max(fetch.last_progress) + self.config.mute_after <= self.now
     }
 
     /// Asks elsewhere for all that a machine of the mesh was asked for.
