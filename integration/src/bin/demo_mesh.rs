@@ -73,6 +73,9 @@ fn demonstrate(arguments: &Arguments, run: &Run) -> Result<()> {
         let slowest = spread(outcome.first_lines()).1;
         say(&format!("first output on every node after {slowest:.2} s: {}", outcome.starts[0].line));
         outcomes.push(outcome);
+        // An unpacked image is tens of thousands of files.
+        say("removing the nodes' disks");
+        drop(crowd);
     }
     println!();
     print_nodes(&outcomes, arguments.nodes);
