@@ -107,7 +107,6 @@ fn a_seeder_that_comes_back_goes_on() {
 
 /// With no seeder left the nodes give each other what they have, and what nobody has comes from the registry about once.
 #[test]
-#[ignore = "nodes that miss the same bytes do not yet agree soon enough who asks the registry"]
 fn a_dead_seeder_stops_nobody() {
     run_test("faults::a_dead_seeder_stops_nobody", |run| {
         let mut stage = Stage::set(run)?;

@@ -237,7 +237,7 @@ async fn a_grant_for_an_ingest_is_good_for_nothing_else() {
 async fn begin(scene: &Scene, blob: &BlobRef) {
     let phase = scene.ingester.ask(blob).await.unwrap();
     let deadline = std::time::Instant::now() + PATIENCE;
-    while !scene.ingester.flight(blob.digest).is_some_and(|flight| flight.frames().is_some()) {
+    while scene.ingester.flight(blob.digest).is_none_or(|flight| flight.frames().is_none()) {
         assert!(std::time::Instant::now() < deadline, "it does not begin");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
