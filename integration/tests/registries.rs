@@ -1,6 +1,7 @@
 //! The client of registries against a real one: plain, with a password, with tokens, with TLS and client certificates. Needs
 //! neither root nor containerd.
 
+use std::collections::HashMap;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
@@ -19,7 +20,7 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use lab::process::{Daemon, run};
 use lab::tools;
 use node::config::{RegistriesConfig, RegistryConfig};
-use node::registry::{Client, Environment, Fault, Options, RegistryError};
+use node::registry::{Client, Credential, Environment, Fault, Options, RegistryError};
 use node::security::Role;
 use node::security::ca::{self, AuthorityOptions, CertificateOptions, Issued};
 use node::source::BlobRef;
@@ -230,7 +231,19 @@ async fn basic_authentication() -> Result<()> {
     let error = refusal(&client, &registry, fixture).await;
     ensure!(matches!(error.fault, Fault::Denied { .. }) && error.to_string().contains("UNAUTHORIZED"), "{error}");
     docker_config(folder.path(), &registry.host(), "user:secret")?;
-    pull(&client, &registry, fixture).await
+    pull(&client, &registry, fixture).await?;
+    others_act_with_what_they_have(&client, &registry, fixture).await
+}
+
+/// `client` may pull; somebody else for whom it asks may only with credentials of their own.
+async fn others_act_with_what_they_have(client: &Client, registry: &RealRegistry, fixture: &Fixture) -> Result<()> {
+    let with = |password: &str| Credential::Password { user: "user".to_owned(), password: password.to_owned() };
+    for given in [HashMap::new(), HashMap::from([(registry.host(), with("wrong"))])] {
+        let error = refusal(&client.acting_for(given), registry, fixture).await;
+        ensure!(matches!(error.fault, Fault::Denied { .. }), "{error}");
+    }
+    let right = HashMap::from([(registry.host(), with("secret"))]);
+    pull(&client.acting_for(right), registry, fixture).await
 }
 
 /// Gives tokens that the registry's certificate bundle proves.
@@ -309,10 +322,11 @@ async fn token_authentication() -> Result<()> {
     ensure!(matches!(error.fault, Fault::Denied { .. }), "{error}");
     let config = docker_config(certificates.folder.path(), &registry.host(), "user:secret")?;
     let before = *server.asked.lock().unwrap_or_else(PoisonError::into_inner);
-    pull(&client(&registry, plain(Some(config)), Environment::default()), &registry, fixture).await?;
+    pull(&client(&registry, plain(Some(config.clone())), Environment::default()), &registry, fixture).await?;
     let asked = *server.asked.lock().unwrap_or_else(PoisonError::into_inner) - before;
     ensure!(asked == 1, "{asked} tokens for one image");
-    Ok(())
+    let client = client(&registry, plain(Some(config)), Environment::default());
+    others_act_with_what_they_have(&client, &registry, fixture).await
 }
 
 /// An authority of the test's own.
