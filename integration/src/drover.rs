@@ -75,13 +75,14 @@ pub struct Seeder {
 }
 
 impl Seeder {
-    /// Starts a seeder with its store in `folder`; a store that is there already is used.
+    /// Starts a seeder with its store in `folder`; a store that is there already is used. `extra` is added to its configuration.
     pub fn start(
         tools: &Tools,
         network: &Network,
         cluster: &Cluster,
         folder: &Path,
         plain_registry: Option<&str>,
+        extra: &str,
     ) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let address = format!("{}:{PORT}", network.address(Place::Seeder));
@@ -90,6 +91,7 @@ impl Seeder {
         text.push_str(&cluster.of_seeder());
         text.push_str(&registry_entry(plain_registry));
         text.push_str(KEEP_FREE);
+        text.push_str(extra);
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = network.command(Place::Seeder, &tools.seeder);
         command.arg("serve").arg("--config").arg(&config);

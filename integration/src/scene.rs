@@ -34,6 +34,8 @@ pub struct Scene {
     pub registry: Option<Registry>,
     /// The seeder, when one runs.
     pub seeder: Option<Seeder>,
+    /// Lines for the configuration of seeders that are started from now on.
+    pub seeder_config: String,
     cluster: Option<Cluster>,
     run: Run,
     nodes: u16,
@@ -44,13 +46,31 @@ impl Scene {
     pub fn private(run: &Run, tools: Tools, storage: &Path) -> Result<Self> {
         let network = Network::hosts()?;
         let registry = Registry::start(&tools, &network, storage)?;
-        Ok(Self { tools, network, registry: Some(registry), seeder: None, cluster: None, run: run.clone(), nodes: 0 })
+        Ok(Self {
+            tools,
+            network,
+            registry: Some(registry),
+            seeder: None,
+            seeder_config: String::new(),
+            cluster: None,
+            run: run.clone(),
+            nodes: 0,
+        })
     }
 
     /// The machine's own network, for images of registries elsewhere.
     pub fn outside(run: &Run, tools: Tools) -> Self {
         let network = Network::Machine;
-        Self { tools, network, registry: None, seeder: None, cluster: None, run: run.clone(), nodes: 0 }
+        Self {
+            tools,
+            network,
+            registry: None,
+            seeder: None,
+            seeder_config: String::new(),
+            cluster: None,
+            run: run.clone(),
+            nodes: 0,
+        }
     }
 
     /// Folder for state of this run.
@@ -66,8 +86,8 @@ impl Scene {
             fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
         let cluster = self.cluster()?;
-        self.seeder =
-            Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, self.plain_registry().as_deref())?);
+        let (registry, extra) = (self.plain_registry(), &self.seeder_config);
+        self.seeder = Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, registry.as_deref(), extra)?);
         Ok(())
     }
 

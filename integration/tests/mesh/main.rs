@@ -3,6 +3,7 @@
 
 mod faults;
 mod flood;
+mod grants;
 mod rogue;
 mod rogues;
 mod slow;
