@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto::drover::mesh::v1 as api;
@@ -34,6 +36,8 @@ const NEIGHBOUR_PATIENCE: Duration = Duration::from_secs(600);
 const CONNECT: Duration = Duration::from_secs(5);
 /// How often seeders' names are looked up.
 const LOOK_UP: Duration = Duration::from_secs(10);
+/// The same while a line is missing: the seeder may be somewhere else now.
+const LOOK_UP_AGAIN: Duration = Duration::from_secs(2);
 /// Largest message from a seeder.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -52,6 +56,12 @@ pub(crate) struct Lines {
 
 /// A line to a neighbour; dropping it ends it.
 pub(crate) struct NeighbourLine(AbortHandle);
+
+/// A line to a seeder; dropping it ends it.
+struct SeederLine {
+    stands: Arc<AtomicBool>,
+    _line: NeighbourLine,
+}
 
 impl Drop for NeighbourLine {
     fn drop(&mut self) {
@@ -75,41 +85,64 @@ impl Lines {
 
     /// Holds a line to each seeder for as long as this runs.
     pub(crate) async fn hold_seeders(self, seeders: seeder::Client) {
-        let mut held: BTreeMap<String, NeighbourLine> = BTreeMap::new();
+        let mut held: BTreeMap<String, SeederLine> = BTreeMap::new();
         loop {
             match seeders.channels().await {
                 Ok(found) => {
-                    held.retain(|name, _| found.iter().any(|(found, _)| found == name));
+                    let gone = |name: &String| !found.iter().any(|(found, _)| found == name);
+                    let gone: Vec<String> = held.keys().filter(|name| gone(name)).cloned().collect();
+                    for seeder in gone {
+                        held.remove(&seeder);
+                        self.say(Event::SeederDown { seeder }).await;
+                    }
                     for (name, channel) in found {
-                        held.entry(name.clone()).or_insert_with(|| {
-                            let lines = self.clone();
-                            let line = tokio::spawn(async move { lines.hold_seeder(name, channel).await });
-                            NeighbourLine(line.abort_handle())
-                        });
+                        held.entry(name.clone()).or_insert_with(|| self.seeder_line(name, channel, seeders.clone()));
                     }
                 }
                 Err(error) => tracing::debug!(%error, "no seeder's name can be looked up"),
             }
-            tokio::time::sleep(LOOK_UP).await;
+            if !held.is_empty() && held.values().all(|line| line.stands.load(Ordering::Relaxed)) {
+                tokio::time::sleep(LOOK_UP).await;
+            } else {
+                tokio::time::sleep(LOOK_UP_AGAIN).await;
+                seeders.look_up_again();
+            }
         }
     }
 
-    async fn hold_seeder(self, seeder: String, channel: Channel) {
+    fn seeder_line(&self, name: String, channel: Channel, seeders: seeder::Client) -> SeederLine {
+        let (lines, stands) = (self.clone(), Arc::new(AtomicBool::new(false)));
+        let told = Arc::clone(&stands);
+        let line = tokio::spawn(async move { lines.hold_seeder(name, channel, seeders, &told).await });
+        SeederLine { stands, _line: NeighbourLine(line.abort_handle()) }
+    }
+
+    async fn hold_seeder(self, seeder: String, channel: Channel, seeders: seeder::Client, stands: &AtomicBool) {
         let mut pause = PAUSE;
         let mut is_said = false;
         loop {
-            let ended = self.line_to_seeder(&seeder, channel.clone()).await;
+            let up = || {
+                stands.store(true, Ordering::Relaxed);
+                seeders.note_line(&seeder, true);
+            };
+            let ended = self.line_to_seeder(&seeder, channel.clone(), up).await;
+            stands.store(false, Ordering::Relaxed);
             match ended {
-                Ok(()) => pause = PAUSE,
+                Ok(()) => {
+                    pause = PAUSE;
+                    seeders.note_line(&seeder, false);
+                }
                 // An older seeder has no mesh.
                 Err(status) if status.code() == tonic::Code::Unimplemented => {
                     tracing::info!(seeder, "this seeder has no mesh: layers come from it alone");
+                    stands.store(true, Ordering::Relaxed);
                     tokio::time::sleep(NEIGHBOUR_PATIENCE).await;
                 }
                 Err(status) => {
                     if !std::mem::replace(&mut is_said, true) {
                         tracing::warn!(seeder, error = status.message(), "no line to the mesh of this seeder yet");
                     }
+                    seeders.note_line(&seeder, false);
                     pause = (pause * 2).min(SEEDER_PAUSE_MAX);
                 }
             }
@@ -118,7 +151,7 @@ impl Lines {
     }
 
     /// One line to a seeder, from its welcome to its end. Fails where there was no welcome.
-    async fn line_to_seeder(&self, seeder: &str, channel: Channel) -> Result<(), tonic::Status> {
+    async fn line_to_seeder(&self, seeder: &str, channel: Channel, up: impl FnOnce()) -> Result<(), tonic::Status> {
         let (outlet, outgoing) = mpsc::channel(QUEUE);
         let hello = api::ToSeeder { message: Some(to_seeder::Message::Hello(self.hello.clone())) };
         let _ = outlet.try_send(hello);
@@ -142,6 +175,7 @@ impl Lines {
             self.me.set(Some(me));
         }
         tracing::info!(seeder, %me, "in the mesh");
+        up();
         let named = || seeder.to_owned();
         self.say(Event::SeederUp { seeder: named(), me, outlet }).await;
         let ended = loop {

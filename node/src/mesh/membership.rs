@@ -24,7 +24,7 @@ use crate::source::{Source, SourceKind};
 
 /// Most machines that this node deals with.
 const NEIGHBOURS_MAX: usize = 256;
-/// A layer that a seeder does not know is joined again after so long.
+/// A layer that no seeder knows is joined again after so long, if none says before that it knows it.
 const UNKNOWN_PAUSE: Duration = Duration::from_secs(5);
 
 /// What lines tell the driver.
@@ -73,6 +73,8 @@ struct Joined {
     seeder: SourceId,
     /// At whom it is joined.
     joined: Option<String>,
+    /// Seeders that do not know it.
+    unknown: BTreeSet<String>,
     join_at: Option<Duration>,
 }
 
@@ -126,7 +128,7 @@ impl Membership {
         layer.take_lost();
         let salt = blob.as_bytes().iter().take(8).fold(0, |salt, byte| salt << 8 | u64::from(*byte));
         swarm.open_mesh(now, key, PeerId::at(me), self.zone, salt, here(layer));
-        self.members.insert(key, Joined { blob, seeder, joined: None, join_at: None });
+        self.members.insert(key, Joined { blob, seeder, joined: None, unknown: BTreeSet::new(), join_at: None });
         self.by_blob.insert(blob, key);
         self.join(swarm, key);
     }
@@ -175,6 +177,8 @@ impl Membership {
                 self.seeders.insert(seeder.clone(), outlet);
                 for member in self.members.values_mut() {
                     swarm.on_alive(member.seeder);
+                    member.unknown.remove(&seeder);
+                    member.join_at = None;
                     if member.joined.as_ref() == Some(&seeder) {
                         member.joined = None;
                     }
@@ -184,8 +188,11 @@ impl Membership {
             }
             Event::SeederDown { seeder } => {
                 self.seeders.remove(&seeder);
-                for member in self.members.values_mut().filter(|member| member.joined.as_ref() == Some(&seeder)) {
-                    member.joined = None;
+                for member in self.members.values_mut() {
+                    member.unknown.remove(&seeder);
+                    if member.joined.as_ref() == Some(&seeder) {
+                        member.joined = None;
+                    }
                 }
                 if self.seeders.is_empty() {
                     let sources: BTreeSet<SourceId> = self.members.values().map(|member| member.seeder).collect();
@@ -302,6 +309,7 @@ impl Membership {
         for key in due {
             if let Some(member) = self.members.get_mut(&key) {
                 member.join_at = None;
+                member.unknown.clear();
             }
             self.join(swarm, key);
         }
@@ -348,10 +356,23 @@ impl Membership {
                 }
             }
             from_seeder::Message::Unknown(blob) => {
-                if let Some(member) = self.key(&blob).and_then(|key| self.members.get_mut(&key)) {
+                let Some(key) = self.key(&blob) else { return };
+                let Some(member) = self.members.get_mut(&key) else { return };
+                if member.joined.as_deref() == Some(seeder) {
                     member.joined = None;
+                }
+                member.unknown.insert(seeder.to_owned());
+                if self.seeders.keys().all(|seeder| member.unknown.contains(seeder)) {
                     member.join_at = Some(now + UNKNOWN_PAUSE);
                 }
+                self.join(swarm, key);
+            }
+            from_seeder::Message::Known(blob) => {
+                let Some(key) = self.key(&blob) else { return };
+                let Some(member) = self.members.get_mut(&key) else { return };
+                member.unknown.remove(seeder);
+                member.join_at = None;
+                self.join(swarm, key);
             }
         }
     }
@@ -366,11 +387,12 @@ impl Membership {
         keys.into_iter().for_each(|key| self.join(swarm, key));
     }
 
-    /// Joins a layer at the seeder whose it is: of those that are there, all nodes choose the same.
+    /// Joins a layer at the seeder whose it is: of those that are there and know it, all nodes choose the same.
     fn join(&mut self, swarm: &Swarm, key: LayerKey) {
         let Some(member) = self.members.get_mut(&key).filter(|member| member.join_at.is_none()) else { return };
         let blob = member.blob;
-        let owner = self.seeders.keys().max_by_key(|seeder| crate::seeder::share(seeder, blob)).cloned();
+        let known = self.seeders.keys().filter(|seeder| !member.unknown.contains(*seeder));
+        let owner = known.max_by_key(|seeder| crate::seeder::share(seeder, blob)).cloned();
         if member.joined == owner {
             return;
         }
@@ -518,3 +540,6 @@ fn machine(peer: Option<api::Peer>) -> Option<(SocketAddr, Zone)> {
     let peer = peer?;
     Some((peer.address.parse().ok()?, Zone::named(&peer.zone)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,8 @@
 //! Chunks on their way through several nodes.
 
+mod cluster;
+mod seeders;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -44,6 +44,8 @@ const ADDRESSES_MAX: usize = 16;
 /// Rest of a seeder after a failure; it doubles up to [`REST_MAX`].
 const REST: Duration = Duration::from_millis(500);
 const REST_MAX: Duration = Duration::from_secs(30);
+/// The same without a line to it: longer than it takes to try for one again.
+const LINE_REST: Duration = Duration::from_secs(15);
 /// Largest event of a resolve: a header, a signature and a few certificates.
 const EVENT_BYTES_MAX: usize = 256 << 10;
 
@@ -211,7 +213,8 @@ struct Shared {
     options: Options,
     own_address: OwnAddress,
     grants: Held,
-    names: Mutex<HashMap<String, (Vec<IpAddr>, Instant)>>,
+    /// Addresses, and when they were looked up.
+    names: Mutex<HashMap<String, (Vec<IpAddr>, Option<Instant>)>>,
     seats: Mutex<HashMap<(String, SocketAddr), Arc<Seat>>>,
 }
 
@@ -378,6 +381,21 @@ impl Client {
         Ok(self.seats().await?.iter().map(|seat| (seat.name.clone(), seat.channel.clone())).collect())
     }
 
+    /// The line of the mesh to a seeder stands, or does not: it is asked as usual, or last for the time being.
+    pub(crate) fn note_line(&self, name: &str, stands: bool) {
+        let seats = self.shared.seats.lock();
+        if let Some(seat) = seats.values().find(|seat| seat.name == name) {
+            if stands { seat.praise() } else { seat.rest.lock().until = Some(Instant::now() + LINE_REST) }
+        }
+    }
+
+    /// Names are looked up anew when they are needed next; where that fails the addresses that are known are used.
+    pub(crate) fn look_up_again(&self) {
+        for (_, looked_up) in self.shared.names.lock().values_mut() {
+            *looked_up = None;
+        }
+    }
+
     /// The same as [`Client::first`], beginning with the seeder whose share the blob is.
     pub(super) async fn first_of<T, F: Future<Output = Result<T, SeederError>>>(
         &self,
@@ -460,7 +478,7 @@ impl Client {
         }
         let cached = self.shared.names.lock().get(host).cloned();
         if let Some((addresses, at)) = &cached
-            && at.elapsed() < NAME_AGE_MAX
+            && at.is_some_and(|at| at.elapsed() < NAME_AGE_MAX)
         {
             return Ok(addresses.clone());
         }
@@ -472,7 +490,7 @@ impl Client {
         };
         match (fresh, cached) {
             (Ok(addresses), _) if !addresses.is_empty() => {
-                self.shared.names.lock().insert(host.to_owned(), (addresses.clone(), Instant::now()));
+                self.shared.names.lock().insert(host.to_owned(), (addresses.clone(), Some(Instant::now())));
                 Ok(addresses)
             }
             // A name server that is away does not move seeders.
@@ -649,8 +667,8 @@ impl Seat {
     fn new(name: String, http1: Connector, http2: Connector, options: Options, own_address: OwnAddress) -> Self {
         // The connector decides where to; tonic only wants a URI.
         let channel = Endpoint::from_static("http://seeder")
-            .http2_keep_alive_interval(options.stall_timeout)
-            .keep_alive_timeout(options.stall_timeout)
+            .http2_keep_alive_interval(options.stall_timeout / 2)
+            .keep_alive_timeout(options.stall_timeout / 2)
             .connect_with_connector_lazy(http2);
         let bulk = Bulk::new(http1, options.stall_timeout, own_address);
         Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default() }

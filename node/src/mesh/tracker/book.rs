@@ -92,6 +92,8 @@ struct Line {
     queue: mpsc::Sender<Told>,
     cut: oneshot::Sender<Status>,
     layers: BTreeSet<LayerKey>,
+    /// Blobs that it named and that are not known here.
+    unknown: BTreeSet<Digest>,
 }
 
 #[derive(Debug)]
@@ -144,7 +146,10 @@ impl Book {
             let _ = queue.try_send(Ok(FromSeeder { message: Some(message) }));
         }
         let entered = Entered { line, told, queue: queue.clone(), cut: is_cut };
-        self.lines.insert(peer, Line { number: line.number, hello, queue, cut, layers: BTreeSet::new() });
+        self.lines.insert(
+            peer,
+            Line { number: line.number, hello, queue, cut, layers: BTreeSet::new(), unknown: BTreeSet::new() },
+        );
         Ok(entered)
     }
 
@@ -186,6 +191,7 @@ impl Book {
         }
         let (zone, leech) = (Zone::named(&on_line.hello.member.zone), on_line.hello.leech);
         let is_new = on_line.layers.insert(key);
+        on_line.unknown.remove(&blob);
         let chunk_count = geometry.chunk_count();
         let tracked = self.layers.entry(key).or_insert(Tracked { blob, chunk_count, members: 0 });
         tracked.members += usize::from(is_new);
@@ -193,6 +199,7 @@ impl Book {
         self.tracker.join(now, key, geometry, line.peer, zone, runs, leech);
         if is_first {
             self.tracker.ingested(now, key, geometry.chunks());
+            self.tell_known(now, blob);
         }
         self.settle(now);
         Ok(())
@@ -240,7 +247,7 @@ impl Book {
     /// The layer that the node named is not known here.
     pub(super) fn unknown(&mut self, now: Duration, line: LineId, blob: Digest) {
         if self.line(line).is_some() {
-            self.tell(now, line.peer, unknown(blob));
+            self.tell_unknown(now, line.peer, blob);
             self.settle(now);
         }
     }
@@ -255,7 +262,7 @@ impl Book {
                 line.layers.remove(&key);
             }
             self.leave_layer(now, peer, key);
-            self.tell(now, peer, unknown(blob));
+            self.tell_unknown(now, peer, blob);
         }
         self.settle(now);
     }
@@ -264,6 +271,12 @@ impl Book {
     pub(super) fn on_line(&self, asker: &Asker) -> Option<SocketAddr> {
         let line = self.lines.get(&PeerId::at(asker.peer?))?;
         (asker.ip == Some(line.hello.from)).then_some(line.hello.member.address)
+    }
+
+    /// The node at `address`, where it has a line and gives to others.
+    pub(super) fn giver(&self, address: SocketAddr) -> Option<Member> {
+        let line = self.lines.get(&PeerId::at(address))?;
+        (!line.hello.leech).then(|| line.hello.member.clone())
     }
 
     /// Up to four members of a layer, drawn by lot, that give to `asker`; `only`: of those that are at these addresses.
@@ -358,6 +371,23 @@ impl Book {
                 self.layers.remove(&key);
                 self.keys.remove(&blob);
             }
+        }
+    }
+
+    fn tell_unknown(&mut self, now: Duration, to: PeerId, blob: Digest) {
+        if let Some(line) = self.lines.get_mut(&to)
+            && line.unknown.len() < LAYERS_PER_LINE_MAX
+        {
+            line.unknown.insert(blob);
+        }
+        self.tell(now, to, unknown(blob));
+    }
+
+    /// A layer has its first member: others that have it too, and were told that it is unknown, are to join it as well.
+    fn tell_known(&mut self, now: Duration, blob: Digest) {
+        let waiting = self.lines.iter_mut().filter_map(|(peer, line)| line.unknown.remove(&blob).then_some(*peer));
+        for peer in waiting.collect::<Vec<_>>() {
+            self.tell(now, peer, from_seeder::Message::Known(blob.as_bytes().to_vec()));
         }
     }
 
@@ -497,6 +527,24 @@ mod tests {
         // Neither does it come back, nor do those who come later deal with it.
         assert_eq!(enter(&mut book, 9, 7071).unwrap_err().code(), tonic::Code::PermissionDenied);
         assert!(told(&mut enter(&mut book, 4, 7071).unwrap()).contains(&expel));
+    }
+
+    #[test]
+    fn who_named_a_layer_before_it_was_known_hears_of_it_once() {
+        let mut book = Book::new(1);
+        let (mut early, mut late) = (enter(&mut book, 1, 1).unwrap(), enter(&mut book, 2, 1).unwrap());
+        book.unknown(NOW, early.line, blob(1));
+        assert!(told(&mut early).contains(&unknown(blob(1))));
+        book.join(NOW, late.line, blob(2), geometry(), &[]).unwrap();
+        assert_eq!(told(&mut early), []);
+        book.join(NOW, late.line, blob(1), geometry(), &[]).unwrap();
+        let known = from_seeder::Message::Known(blob(1).as_bytes().to_vec());
+        assert_eq!(told(&mut early), [known.clone()]);
+        // Evicted, and known again.
+        book.forget(NOW, blob(1));
+        assert!(told(&mut late).contains(&unknown(blob(1))));
+        book.join(NOW, early.line, blob(1), geometry(), &[]).unwrap();
+        assert!(told(&mut late).contains(&known) && !told(&mut early).contains(&known));
     }
 
     #[test]

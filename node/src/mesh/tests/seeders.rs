@@ -1,0 +1,103 @@
+//! Several seeders share the layers, and take over from each other.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use futures_util::future::join_all;
+use layer::Digest;
+
+use super::cluster::{Cluster, Seeder, read_all, until};
+use crate::ingest::tests::Sample;
+use crate::seeder::share;
+use crate::source::BlobRef;
+
+/// The layers that belong to the seeder at `address`, with so many members.
+fn shares(blobs: &[BlobRef], seeders: [SocketAddr; 2], address: SocketAddr, members: usize) -> BTreeMap<Digest, usize> {
+    let owner = |blob: Digest| seeders.into_iter().max_by_key(|seeder| share(&seeder.to_string(), blob));
+    let owned = blobs.iter().filter(|blob| owner(blob.digest) == Some(address));
+    owned.map(|blob| (blob.digest, members)).collect()
+}
+
+fn members(seeder: &Seeder) -> BTreeMap<Digest, usize> {
+    seeder.members().into_iter().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seeders_share_layers_and_take_over_from_each_other() {
+    let cluster = Cluster::new().await;
+    let (stays, goes) = (cluster.seeder("stays", 0).await, cluster.seeder("goes", 0).await);
+    let (staying, going) = (stays.address, goes.address);
+    let both = [staying, going];
+    // Until each has its share.
+    let (mut samples, mut blobs): (Vec<Sample>, Vec<BlobRef>) = Default::default();
+    while both.iter().any(|seeder| shares(&blobs, both, *seeder, 0).is_empty()) || samples.len() < 3 {
+        let sample = Sample::new(60 + samples.len() as u32);
+        blobs.push(cluster.registry.put_blob(sample.blob.clone()));
+        samples.push(sample);
+    }
+    let nodes = ["a", "b"].map(|name| cluster.member(name, &both));
+    let resolved = nodes.iter().map(|node| join_all(blobs.iter().map(|blob| node.resolve(blob))));
+    let layers = join_all(resolved).await;
+    let whole = blobs.len() as u64;
+    assert_eq!(cluster.registry.requests().bodies as u64, whole, "each is ingested once");
+    for seeder in [&stays, &goes] {
+        let own = shares(&blobs, both, seeder.address, 2);
+        until("each seeder has its share", || members(seeder) == own).await;
+    }
+
+    // One goes: the other gets what was its, and no read fails.
+    drop(goes);
+    let readers = join_all(layers[0].iter().zip(&samples).map(|(layer, sample)| read_all(layer, sample)));
+    let of_both = blobs.iter().map(|blob| blob.digest).collect::<Vec<_>>();
+    let taken_over = async {
+        until("what the other knows is joined there", || {
+            let own = shares(&blobs, both, staying, 2);
+            own.iter().all(|(blob, count)| members(&stays).get(blob) == Some(count))
+        })
+        .await;
+    };
+    tokio::join!(readers, taken_over);
+    assert!(layers[0].iter().all(|layer| layer.counters().reads_failed == 0));
+
+    // Somebody new wants what only the other one knew: the one that is left ingests it, and those that have it join it there.
+    let late = cluster.member("late", &both);
+    let others: Vec<_> = join_all(blobs.iter().map(|blob| late.resolve(blob))).await;
+    let all: BTreeMap<Digest, usize> = of_both.iter().map(|blob| (*blob, 3)).collect();
+    until("all is joined at the one that is left", || members(&stays) == all).await;
+    join_all(others.iter().zip(&samples).map(|(layer, sample)| read_all(layer, sample))).await;
+
+    // It comes back with what it had.
+    let goes = cluster.seeder("goes", going.port()).await;
+    for seeder in [&stays, &goes] {
+        let own = shares(&blobs, both, seeder.address, 3);
+        until("each seeder has its share again", || members(seeder) == own).await;
+    }
+    for node in nodes.into_iter().chain([late]) {
+        node.node.shutdown().await;
+    }
+}
+
+/// Nodes start before the seeder, and have layers that it does not know.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_join_once_a_seeder_comes() {
+    let cluster = Cluster::new().await;
+    let sample = Sample::new(70);
+    let blob = cluster.registry.put_blob(sample.blob.clone());
+    let before = cluster.seeder("before", 0).await;
+    let address = before.address;
+    let old = cluster.member("old", &[address]);
+    old.resolve(&blob).await;
+    until("it is joined", || before.members() == [(blob.digest, 1)]).await;
+    drop(before);
+    // One that never saw a seeder.
+    let young = cluster.member("young", &[address]);
+    let after = cluster.seeder("after", address.port()).await;
+    until("both have lines", || after.tracker.lines() == 2).await;
+    assert!(after.members().is_empty(), "it does not know the layer");
+    let layer = young.resolve(&blob).await;
+    until("both join it", || after.members() == [(blob.digest, 2)]).await;
+    read_all(&layer, &sample).await;
+    for node in [old, young] {
+        node.node.shutdown().await;
+    }
+}
