@@ -170,7 +170,7 @@ impl LayerServer for Server {
         })
     }
 
-    fn follow(&self, _: Digest, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+    fn follow(&self, _: Digest, _: u32, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
         Box::pin(async { Err(ServeError::NotYet) })
     }
 }

@@ -1,5 +1,7 @@
 //! Asking other machines for bulk bytes over HTTP/1.1 (`docs/wire.md`, "Bulk").
 
+pub(crate) mod follow;
+
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;

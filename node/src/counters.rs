@@ -135,6 +135,17 @@ impl Counters {
         self.add(|counters| &counters.given_bytes, wire_bytes as u64);
     }
 
+    /// Adds what came from sources before there was a layer to count it for.
+    pub(crate) fn take_over(&self, other: &Self) {
+        for kind in [SourceKind::Local, SourceKind::Peer, SourceKind::Seeder, SourceKind::Registry] {
+            let came = other.source(kind).values();
+            self.add(|counters| &counters.source(kind).fetches, came.fetches);
+            self.add(|counters| &counters.source(kind).chunks, came.chunks);
+            self.add(|counters| &counters.source(kind).plain_bytes, came.plain_bytes);
+            self.add(|counters| &counters.source(kind).wire_bytes, came.wire_bytes);
+        }
+    }
+
     pub(crate) fn waited(&self, time: Duration) {
         self.add(|counters| &counters.reads_waited, 1);
         self.add(|counters| &counters.wait_nanos, u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));

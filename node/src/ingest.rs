@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use layer::index::statement;
-use layer::{Digest, Geometry, ingest as layer_ingest};
+use layer::{ChunkDigest, Digest, Geometry, ingest as layer_ingest};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, watch};
 
@@ -202,8 +202,13 @@ struct Shared {
     /// Held while room is made.
     evicting: Mutex<()>,
     flights: Mutex<HashMap<Digest, Arc<Flight>>>,
+    /// What chunks are being made is not told to everybody.
+    discreet: AtomicBool,
     layers: tokio::sync::Mutex<HashMap<Digest, Arc<Known>>>,
 }
+
+/// Digests of the chunks that a pass has made, from the first one on.
+pub(crate) type Digests = Mutex<Vec<ChunkDigest>>;
 
 /// One ingest, shared by all who ask for its blob.
 #[derive(Debug)]
@@ -214,6 +219,7 @@ pub struct Flight {
     is_from_start: AtomicBool,
     phase: watch::Sender<Phase>,
     frames: watch::Sender<Option<Arc<Frames>>>,
+    digests: Mutex<Arc<Digests>>,
     ended: Mutex<Option<Instant>>,
     /// How often the blob failed in a row before.
     failures: u32,
@@ -234,6 +240,11 @@ impl Flight {
     /// The chunks made so far; `None` while it waits for its turn.
     pub fn frames(&self) -> Option<Arc<Frames>> {
         self.frames.borrow().clone()
+    }
+
+    /// The digests of the chunks made so far; others once the blob had to be begun anew.
+    pub(crate) fn digests(&self) -> Arc<Digests> {
+        Arc::clone(&self.digests.lock())
     }
 }
 
@@ -262,6 +273,7 @@ impl Ingester {
             ledger,
             evicting: Mutex::default(),
             flights: Mutex::default(),
+            discreet: AtomicBool::new(false),
             layers: tokio::sync::Mutex::default(),
         };
         let shared = Arc::new(shared);
@@ -271,6 +283,16 @@ impl Ingester {
             std::thread::Builder::new().name("make-room".into()).spawn(move || shared.make_room(0))?;
         }
         Ok(Self { shared })
+    }
+
+    /// Tells nobody the digests of chunks before there is an index, whose digests are given with a grant only. So an ingest is
+    /// followed by one node at a time, and others do not follow that one.
+    pub fn withhold_digests(&self) {
+        self.shared.discreet.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn tells_digests(&self) -> bool {
+        !self.shared.discreet.load(Ordering::Relaxed)
     }
 
     /// What is taken of the disk and may be, in bytes.
@@ -319,6 +341,7 @@ impl Ingester {
             is_from_start: AtomicBool::new(false),
             phase: watch::Sender::new(Phase::Running(progress)),
             frames: watch::Sender::new(None),
+            digests: Mutex::default(),
             ended: Mutex::new(None),
             failures: before.map_or(0, |flight| match *flight.phase.borrow() {
                 Phase::Failed(_) => flight.failures + 1,
@@ -501,6 +524,8 @@ impl Ingester {
         let Prepared { incoming, frames, has_blob, blob_here } = prepared;
         // Before anyone can follow.
         flight.is_from_start.store(!has_blob && blob_here == 0, Ordering::Release);
+        let digests = Arc::<Digests>::default();
+        *flight.digests.lock() = Arc::clone(&digests);
         flight.frames.send_replace(Some(Arc::clone(&frames)));
         let (sender, pieces) = pieces();
         let pass = Pass {
@@ -511,6 +536,7 @@ impl Ingester {
             pieces,
             batch: self.shared.encode.batch(Arc::clone(&frames)),
             frames: Arc::clone(&frames),
+            digests,
             cover: {
                 let shared = Arc::clone(&self.shared);
                 Box::new(move |bytes| shared.cover(&mut reservation.lock(), bytes))

@@ -85,6 +85,7 @@ impl Mesh {
     /// Outside of a tokio runtime.
     pub fn start(node: &Arc<Node>, options: Options, security: Security, seeders: seeder::Client) -> Self {
         let stop = CancellationToken::new();
+        seeders.own_address().await_it();
         let node = node.clone();
         let watch = standing::Watch::default();
         let run = run(node, options, security, seeders, watch.clone(), stop.clone());

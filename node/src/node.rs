@@ -1,10 +1,10 @@
 //! The engine: all layers of one machine, and what drives them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use layer::index::Section;
@@ -23,6 +23,8 @@ use crate::fill::Fill;
 use crate::layer::{Layer, ReadOptions};
 use crate::mesh::membership::Event;
 use crate::reader::ReadError;
+use crate::relay::Relay;
+use crate::source::SourceKind;
 use crate::store::{Backend, BrokenLayer, Disk, IncomingStore, LayerParts, Prepared, Store, StoreError};
 
 /// Settings of a [`Node`].
@@ -92,6 +94,8 @@ pub struct Node {
     /// Held while a layer comes or goes, so that a diffID has one layer.
     placing: Mutex<()>,
     mesh_events: mpsc::Sender<Event>,
+    /// Layers that this node follows while they are being ingested, by blob.
+    relays: Mutex<HashMap<Digest, Weak<Relay>>>,
 }
 
 /// A device that arrives while its index is not known: its chunks are kept, and believed once the index names them.
@@ -100,6 +104,7 @@ pub struct Incoming {
     store: IncomingStore,
     unsynced: AtomicU64,
     inbox: Arc<Inbox>,
+    counters: Counters,
 }
 
 /// What devices take on the disk.
@@ -199,6 +204,7 @@ impl Node {
             read_options,
             placing: Mutex::default(),
             mesh_events,
+            relays: Mutex::default(),
         };
         for layer in node.layers() {
             node.inbox.touch(layer.key());
@@ -282,7 +288,8 @@ impl Node {
     /// Blocks for the disk.
     pub fn incoming(&self, blob: Digest, chunk_log2: u8) -> Result<Arc<Incoming>, StoreError> {
         let store = self.store.incoming(&blob, chunk_log2)?;
-        let incoming = Arc::new(Incoming { store, unsynced: AtomicU64::new(0), inbox: self.inbox.clone() });
+        let (inbox, counters) = (self.inbox.clone(), Counters::default());
+        let incoming = Arc::new(Incoming { store, unsynced: AtomicU64::new(0), inbox, counters });
         self.arriving.lock().push(Arc::downgrade(&incoming));
         Ok(incoming)
     }
@@ -306,9 +313,28 @@ impl Node {
                     layer.add_chunk(ChunkIndex(chunk), &plain);
                 }
             }
+            layer.own_counters().take_over(&incoming.counters);
             self.inbox.needs_flush(layer.key());
         }
         result
+    }
+
+    /// This node begins to follow the ingest of `blob`.
+    pub(crate) fn relay_anew(&self, blob: Digest) -> Arc<Relay> {
+        let (relay, mut relays) = (Relay::new(), self.relays.lock());
+        relays.retain(|_, relay| relay.strong_count() > 0);
+        relays.insert(blob, Arc::downgrade(&relay));
+        relay
+    }
+
+    /// What came of a layer whose ingest this node follows.
+    pub(crate) fn relay(&self, blob: Digest) -> Option<Arc<Relay>> {
+        self.relays.lock().get(&blob).and_then(Weak::upgrade)
+    }
+
+    /// Chunks of no layer yet go to another node.
+    pub(crate) fn note_given(&self, chunks: u32, bytes: usize) {
+        self.counters.given(u64::from(chunks), bytes);
     }
 
     /// Removes a layer with its bytes. Its reads fail; mounts of it must be gone. Gives whether there was one. Blocks
@@ -394,11 +420,23 @@ impl Incoming {
         Ok(())
     }
 
-    /// The same for a chunk that came in its wire form, of which `plain` was made.
-    pub(crate) fn write_frame(&self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> io::Result<()> {
+    /// The same for a chunk that came in its wire form from a source of `kind`, of which `plain` was made.
+    pub(crate) fn write_frame(
+        &self,
+        chunk: ChunkIndex,
+        plain: &[u8],
+        frame: Frame<'_>,
+        kind: SourceKind,
+    ) -> io::Result<()> {
         self.write(chunk, plain)?;
         self.store.keep(chunk, frame);
+        self.counters.chunk(kind, plain.len());
         Ok(())
+    }
+
+    /// Bytes of the network came.
+    pub(crate) fn count(&self, kind: SourceKind, wire_bytes: usize) {
+        self.counters.wire_bytes(kind, wire_bytes);
     }
 
     /// Bytes that came.

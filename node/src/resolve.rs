@@ -4,18 +4,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use layer::Digest;
 use layer::index::{Header, IndexError, Section, Spans, check_section, statement};
-use layer::wire::{Decoder, Frame};
-use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::sync::{Semaphore, watch};
 
 use crate::config::{RegistriesConfig, SeederAddresses};
+use crate::following::Following;
 use crate::layer::Layer;
 use crate::registry::{self, RegistrySource, SpansProvider};
 use crate::security::{Security, TrustError, Verifier};
-use crate::seeder::client::Follow;
 use crate::seeder::{self, Event, Resolution, SeederError, SeederSource};
 use crate::source::{BlobRef, BoxFuture};
 use crate::store::{LayerParts, StoreError};
@@ -27,11 +25,6 @@ const CONCURRENT: usize = 64;
 const BACKGROUND: usize = 2;
 /// Tries to get a spans section in the background; the pause before each is twice the last, from a second on.
 const SPANS_TRIES: u32 = 6;
-/// Time for the last chunks to come once the seeder has finished. The rest is read lazily, so a node on a slow line does
-/// not wait for bytes that nobody asked for.
-const FOLLOW_GRACE: Duration = Duration::from_millis(250);
-/// Frames between the network and the disk.
-const FRAMES_MAX: usize = 32;
 
 /// How far a resolve is. It only changes when bytes moved somewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,8 +163,11 @@ impl Resolver {
                         progress.ingested = seen.blob_read.saturating_add(seen.ahead_read).max(progress.ingested);
                         progress.blob_size = seen.blob_size;
                     });
-                    if following.is_none() {
-                        following = self.follow(&resolution, blob.digest, &progress).await?;
+                    let following = following.get_or_insert_with(|| {
+                        Following::start(Arc::clone(&self.node), blob.digest, resolution.feed(), progress.clone())
+                    });
+                    if let Some((first, digests)) = resolution.take_digests() {
+                        following.tell(first, &digests);
                     }
                 }
             }
@@ -185,11 +181,14 @@ impl Resolver {
             self.section(&resolution, &header, Section::ChunkDigests, &progress),
         )?;
         let parts = LayerParts { header: *header, signature: signed.encode(), entries, chunk_digests, spans: None };
-        let incoming = match following {
+        let incoming = match &mut following {
             Some(following) => following.finish().await,
             None => None,
         };
         let layer = self.insert(parts, incoming).await?;
+        if let Some(following) = following {
+            following.became(&layer);
+        }
         self.add_sources(&layer, blob);
         Ok(layer)
     }
@@ -242,26 +241,6 @@ impl Resolver {
         gate
     }
 
-    /// Begins to take the chunks that the seeder makes; `None` while the layer waits for its turn there, or where it cannot
-    /// be: the chunks are then fetched when they are read.
-    async fn follow(
-        &self,
-        resolution: &Resolution,
-        blob: Digest,
-        progress: &watch::Sender<Progress>,
-    ) -> Result<Option<Following>, ResolveError> {
-        let follow = match resolution.follow().await {
-            Ok(follow) => follow,
-            Err(error) => {
-                tracing::debug!(%blob, %error, "the ingest is not followed yet");
-                return Ok(None);
-            }
-        };
-        let (node, chunk_log2) = (Arc::clone(&self.node), follow.chunk_log2());
-        let incoming = blocking(move || node.incoming(blob, chunk_log2)).await?;
-        Ok(Some(Following::start(follow, incoming, progress.clone())))
-    }
-
     async fn section(
         &self,
         resolution: &Resolution,
@@ -283,82 +262,6 @@ impl Resolver {
             None => node.insert(&parts),
         });
         Ok(inserted.await?)
-    }
-}
-
-/// Takes the chunks of an ingest under way.
-struct Following {
-    network: JoinHandle<Result<(), SeederError>>,
-    disk: JoinHandle<()>,
-    incoming: Arc<Incoming>,
-    _abort: AbortOnDrop,
-}
-
-struct AbortOnDrop(AbortHandle);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-struct ReceivedFrame {
-    chunk: ChunkIndex,
-    is_plain: bool,
-    body: Vec<u8>,
-}
-
-impl Following {
-    fn start(mut follow: Follow, incoming: Arc<Incoming>, progress: watch::Sender<Progress>) -> Self {
-        let (sender, frames) = mpsc::channel(FRAMES_MAX);
-        let chunk_len = 1 << follow.chunk_log2();
-        let network = tokio::spawn(async move {
-            while let Some((chunk, frame)) = follow.next().await? {
-                let (is_plain, body) = match frame {
-                    Frame::Plain(body) => (true, body.to_vec()),
-                    Frame::Packed(body) => (false, body.to_vec()),
-                };
-                tell(&progress, |progress| progress.received += body.len() as u64);
-                if sender.send(ReceivedFrame { chunk, is_plain, body }).await.is_err() {
-                    break;
-                }
-            }
-            Ok(())
-        });
-        let place = Arc::clone(&incoming);
-        let disk = tokio::task::spawn_blocking(move || write_frames(frames, &place, chunk_len));
-        let abort = AbortOnDrop(network.abort_handle());
-        Self { network, disk, incoming, _abort: abort }
-    }
-
-    /// Waits a little for the last chunks, then gives what came. Chunks that did not come are fetched when they are read.
-    async fn finish(mut self) -> Option<Arc<Incoming>> {
-        match tokio::time::timeout(FOLLOW_GRACE, &mut self.network).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tracing::debug!(%error, "the chunks of an ingest were not followed to the end"),
-            Ok(Err(_)) | Err(_) => self.network.abort(),
-        }
-        // Ends once the network's half is gone.
-        self.disk.await.ok()?;
-        Some(self.incoming)
-    }
-}
-
-/// Decodes and stores frames until there are no more. What cannot be stored is fetched again later.
-fn write_frames(mut frames: mpsc::Receiver<ReceivedFrame>, incoming: &Incoming, chunk_len: u64) {
-    let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
-    while let Some(received) = frames.blocking_recv() {
-        let frame = if received.is_plain { Frame::Plain(&received.body) } else { Frame::Packed(&received.body) };
-        let len = frame.claimed_len().filter(|len| *len <= chunk_len).and_then(|len| usize::try_from(len).ok());
-        let decoded = len.is_some_and(|len| decoder.decode(frame, len, &mut plain).is_ok());
-        if !decoded {
-            tracing::debug!(chunk = %received.chunk, "a followed chunk cannot be decoded");
-            continue;
-        }
-        if let Err(error) = incoming.write_frame(received.chunk, &plain, frame) {
-            tracing::warn!(chunk = %received.chunk, %error, "a followed chunk cannot be stored");
-            return;
-        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::{Path, RawQuery, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
@@ -37,6 +37,8 @@ pub type ByteStream = Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
 /// Header that says how large the chunks of a run are.
 pub const CHUNK_LOG2: &str = "drover-chunk-log2";
+/// Header that says with which chunk a body begins that goes on as chunks come.
+pub const FIRST: &str = "drover-first";
 /// Bytes of a section that are read at a time.
 const READ_LEN: u64 = 256 << 10;
 /// What a busy server asks for.
@@ -53,8 +55,9 @@ pub trait LayerServer: Send + Sync + 'static {
     /// The frames of a run of chunks, which is not empty.
     fn chunks(&self, blob: Digest, run: Range<u32>, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
 
-    /// The frames of all chunks in order, as they come into being. The stream ends after the last chunk of the layer.
-    fn follow(&self, blob: Digest, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
+    /// The frames of all chunks from `first` on, in order, as they come into being. The stream ends after the last chunk of the
+    /// layer.
+    fn follow(&self, blob: Digest, first: u32, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>>;
 }
 
 /// A section as a file.
@@ -209,13 +212,19 @@ async fn chunks<S: LayerServer>(
 async fn follow<S: LayerServer>(
     State(routes): State<Routes<S>>,
     Path(blob): Path<String>,
+    RawQuery(query): RawQuery,
     remote: Option<Extension<Remote>>,
     headers: HeaderMap,
 ) -> Result<Response, ServeError> {
     let blob = parse_blob(&blob)?;
+    let first = query.as_deref().and_then(|query| query.strip_prefix("first="));
+    let first = first.map_or(Ok(0), str::parse::<u32>);
+    let first = first.map_err(|_| ServeError::BadRequest("want follow?first=CHUNK".to_owned()))?;
     let asker = asker(remote, &headers);
     let permit = routes.permit_for(&asker)?;
-    Ok(frames(routes.server.follow(blob, asker).await?, permit))
+    let mut response = frames(routes.server.follow(blob, first, asker).await?, permit);
+    response.headers_mut().insert(FIRST, first.into());
+    Ok(response)
 }
 
 impl<S> Routes<S> {
@@ -360,7 +369,7 @@ mod tests {
             })
         }
 
-        fn follow(&self, _: Digest, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        fn follow(&self, _: Digest, _: u32, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
             let broken = [Ok(Bytes::from_static(b"begin")), Err(io::Error::other("broken"))];
             let frames = Frames { len: None, chunk_log2: Some(17), stream: stream::iter(broken).boxed() };
             Box::pin(async { Ok(frames) })

@@ -46,6 +46,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let issuer = Issuer::new(ingester.clone(), &security, options)?.context("grants need security")?;
         router = grant::issuer::route(router, issuer);
         tracker.demand_grants();
+        ingester.withhold_digests();
     }
     let router = control::route(router, ingester.clone());
     let router = tracker::route(router, tracker);

@@ -259,7 +259,7 @@ impl Frames {
     }
 
     /// Bytes that were written.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         *self.end.lock()
     }
 

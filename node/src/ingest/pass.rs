@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use layer::index::{Compression, Index};
 use layer::ingest::{Ingest, IngestError, Options};
+use layer::{ChunkDigest, ChunkIndex};
 use tokio::sync::{mpsc, watch};
 
 use super::encode::Batch;
 use super::frames::Frames;
 use super::window::{WINDOW_FREE, Window};
-use super::{Ended, IngestFailure, Phase, Piece, TELL_WAITING, tell_ahead};
+use super::{Digests, Ended, IngestFailure, Phase, Piece, TELL_WAITING, tell_ahead};
 use crate::source::BlobRef;
 
 /// How often progress is told.
@@ -38,6 +39,8 @@ pub(super) struct Pass {
     pub(super) pieces: mpsc::UnboundedReceiver<Piece>,
     pub(super) batch: Batch,
     pub(super) frames: Arc<Frames>,
+    /// What it says of the chunks before there is an index.
+    pub(super) digests: Arc<Digests>,
     /// Sees to it that so many bytes may be on the disk.
     pub(super) cover: Box<dyn FnMut(u64) -> io::Result<()> + Send>,
     /// Memory for the windows of zstd frames.
@@ -99,18 +102,29 @@ impl Pass {
             }
         }
         self.tell(&ingest);
-        let result = ingest.finish(&mut |chunk, plain, _| self.batch.push(chunk, plain));
+        let result = ingest.finish(&mut |chunk, plain, digest| {
+            self.digests.lock().push(digest);
+            self.batch.push(chunk, plain);
+        });
         self.batch.finish()?;
         Ok(Passed { blob, result })
     }
 
     fn take(&mut self, ingest: &mut Ingest, bytes: &[u8], told: &mut Instant) -> Result<(), PassError> {
-        let pushed = ingest.push(bytes, &mut |chunk, plain, _| self.batch.push(chunk, plain));
+        let Self { batch, digests, .. } = self;
+        let mut made = |chunk: ChunkIndex, plain: &[u8], digest: ChunkDigest| {
+            digests.lock().push(digest);
+            batch.push(chunk, plain);
+        };
+        let pushed = ingest.push(bytes, &mut made);
         pushed.map_err(|error| PassError::Stopped(ended(&self.blob, &error)))?;
         while let Some(window) = ingest.window_wanted() {
-            let Self { window: memory, batch, phase, read, .. } = self;
+            let Self { window: memory, batch, digests, phase, read, .. } = self;
             memory.take(window, TELL_WAITING, || tell_ahead(phase, read));
-            ingest.allow_window(window, &mut |chunk, plain, _| batch.push(chunk, plain));
+            ingest.allow_window(window, &mut |chunk, plain, digest| {
+                digests.lock().push(digest);
+                batch.push(chunk, plain);
+            });
         }
         if let Some(failure) = ingest.failure() {
             self.tell_failure(&failure);

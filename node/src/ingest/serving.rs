@@ -66,7 +66,7 @@ impl LayerServer for Ingester {
         })
     }
 
-    fn follow(&self, blob: Digest, _: Asker) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
+    fn follow(&self, blob: Digest, first: u32, _: Asker) -> BoxFuture<'_, Result<FramesBody, ServeError>> {
         Box::pin(async move {
             if let Some(flight) = self.flight(blob)
                 && let Some(frames) = flight.frames()
@@ -75,13 +75,13 @@ impl LayerServer for Ingester {
                 let is_over = matches!(*phase.borrow(), Phase::Failed(_) | Phase::Unsupported(_));
                 if !is_over {
                     let chunk_log2 = Some(self.shared.options.layer.chunk_log2);
-                    let stream = followed(frames, phase);
+                    let stream = followed(frames, first, phase);
                     return Ok(FramesBody { len: None, chunk_log2, stream });
                 }
             }
             let known = self.served(blob).await?;
             let geometry = known.header().geometry();
-            let stream = self.known_frames(known, geometry.chunks());
+            let stream = self.known_frames(known, first.min(geometry.chunk_count())..geometry.chunk_count());
             Ok(FramesBody { len: None, chunk_log2: Some(geometry.chunk_log2()), stream })
         })
     }
@@ -178,11 +178,11 @@ fn made(frames: Arc<Frames>, run: Range<u32>) -> ByteStream {
     .boxed()
 }
 
-/// All frames from 0 on as they come, until the ingest is over.
-fn followed(frames: Arc<Frames>, phase: watch::Receiver<Phase>) -> ByteStream {
+/// All frames from `first` on as they come, until the ingest is over.
+fn followed(frames: Arc<Frames>, first: u32, phase: watch::Receiver<Phase>) -> ByteStream {
     let front = frames.front();
     let in_use = Arc::new(frames.in_use(0..u32::MAX));
-    stream::try_unfold((0, front, phase), move |(next, mut front, mut phase)| {
+    stream::try_unfold((first, front, phase), move |(next, mut front, mut phase)| {
         let (frames, in_use) = (Arc::clone(&frames), Arc::clone(&in_use));
         async move {
             let _in_use = in_use;
@@ -203,7 +203,7 @@ fn followed(frames: Arc<Frames>, phase: watch::Receiver<Phase>) -> ByteStream {
                     };
                 }
                 if let Some(end) = end {
-                    return match next == end {
+                    return match next >= end {
                         true => Ok(None),
                         false => Err(io::Error::other(format!("only {next} of {end} chunks are there"))),
                     };

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 
@@ -28,6 +29,7 @@ pub struct ParseMemberError(String);
 #[derive(Clone, Debug, Default)]
 pub struct OwnAddress {
     address: Arc<RwLock<Option<SocketAddr>>>,
+    is_awaited: Arc<AtomicBool>,
 }
 
 /// Whether a zone may be called so: up to 64 letters, digits, `.`, `_` and `-`; the empty name is that of no zone.
@@ -60,6 +62,16 @@ impl OwnAddress {
     /// The address.
     pub fn get(&self) -> Option<SocketAddr> {
         *self.address.read()
+    }
+
+    /// This machine takes part in a mesh: sooner or later there is an address.
+    pub fn is_awaited(&self) -> bool {
+        self.is_awaited.load(Ordering::Relaxed) || self.get().is_some()
+    }
+
+    /// From now on it does.
+    pub fn await_it(&self) {
+        self.is_awaited.store(true, Ordering::Relaxed);
     }
 
     /// From now on it is `address`.

@@ -10,7 +10,8 @@ use rustls_pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint};
 
 use super::member::OwnAddress;
-use crate::bulk::Bulk;
+use crate::bulk::follow::Follow;
+use crate::bulk::{Bulk, Fault};
 use crate::connect::Connector;
 use crate::grant::Held;
 use crate::security::{Security, tls};
@@ -56,6 +57,11 @@ impl PeerClient {
         let connector = connector(address, security, tls::HTTP1, options)?;
         let bulk = Bulk::new(connector, options.stall_timeout, own_address).with_grants(grants);
         Ok(Self { address, bulk: Arc::new(bulk) })
+    }
+
+    /// What the member has of a layer that is being ingested, from chunk `first` on, as it comes.
+    pub(crate) async fn follow(&self, blob: Digest, first: u32) -> Result<Follow, Fault> {
+        Ok(self.bulk.follow(blob, first).await?.over(Arc::clone(&self.bulk)))
     }
 
     /// A section of the index that `header` names, as the member has it: `None` where it does not, or sends something else.

@@ -9,7 +9,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -18,17 +18,22 @@ use layer::wire::{Frame, PREFIX_LEN};
 use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use swarm::{Admission, PeerId, UploadConfig, Uploads};
+use tokio::sync::watch;
 
 use super::Refused;
 use super::asking::{Asker, PEERS_MAX, Turned};
 use super::member::Member;
 use crate::layer::Layer;
 use crate::node::Node;
+use crate::relay::State;
 use crate::serve::{ByteStream, Frames, LayerServer, SectionBody, ServeError};
 use crate::source::BoxFuture;
 
 /// Bytes of frames that are read and handed to the network at a time.
 const BATCH_LEN: usize = 512 << 10;
+
+/// How long somebody is waited for who was just told to follow, too.
+const OPENING: Duration = Duration::from_secs(2);
 
 /// Who else has a chunk of the layer with that blob, or is about to; nearest first.
 pub type Holders = Box<dyn Fn(Digest, u32) -> Vec<Member> + Send + Sync>;
@@ -118,9 +123,21 @@ impl LayerServer for Sharing {
         })
     }
 
-    /// Only who ingests has the chunks in order.
-    fn follow(&self, _blob: Digest, _asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
-        Box::pin(async { Err(ServeError::Unknown) })
+    /// What this node follows itself.
+    fn follow(&self, blob: Digest, first: u32, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(async move {
+            let relay = self.node.relay(blob).ok_or(ServeError::Unknown)?;
+            let mut state = relay.state();
+            drop(relay);
+            let opened = tokio::time::timeout(OPENING, state.wait_for(|state| !matches!(state, State::Opening)));
+            let chunk_log2 = match opened.await {
+                Ok(Ok(state)) => state.chunk_log2().ok_or(ServeError::Absent)?,
+                Ok(Err(_)) | Err(_) => return Err(ServeError::NotYet),
+            };
+            let slot = self.admit(blob, first, &asker)?;
+            let stream = passed_on(Arc::clone(&self.node), state, first, slot);
+            Ok(Frames { len: None, chunk_log2: Some(chunk_log2), stream })
+        })
     }
 }
 
@@ -160,8 +177,36 @@ fn given(layer: Arc<Layer>, run: Range<u32>, slot: Slot) -> ByteStream {
     batches.try_flatten().boxed()
 }
 
+/// The frames of a layer that this node follows, from chunk `next` on, as they come.
+fn passed_on(node: Arc<Node>, state: watch::Receiver<State>, next: u32, slot: Slot) -> ByteStream {
+    let batches = stream::try_unfold((state, next, slot), move |(mut state, next, slot)| {
+        let node = Arc::clone(&node);
+        async move {
+            loop {
+                let now = state.borrow_and_update().clone();
+                if now.is_end(next) {
+                    return Ok::<_, io::Error>(None);
+                }
+                let is_known = matches!(now, State::Known(_));
+                let read = tokio::task::spawn_blocking(move || now.read(next));
+                let (parts, reached) = read.await.map_err(io::Error::other)??;
+                if reached > next {
+                    let len = parts.iter().map(Bytes::len).sum();
+                    slot.sent(len);
+                    if !is_known {
+                        node.note_given(reached - next, len);
+                    }
+                    return Ok(Some((stream::iter(parts).map(Ok), (state, reached, slot))));
+                }
+                state.changed().await.map_err(io::Error::other)?;
+            }
+        }
+    });
+    batches.try_flatten().boxed()
+}
+
 /// The frames of the first chunks of `run`, and where to go on.
-fn read_batch(layer: &Layer, run: Range<u32>) -> io::Result<(Vec<Bytes>, u32)> {
+pub(crate) fn read_batch(layer: &Layer, run: Range<u32>) -> io::Result<(Vec<Bytes>, u32)> {
     let (mut parts, mut frames, mut len) = (Vec::new(), Vec::new(), 0);
     let mut next = run.start;
     while next < run.end && len < BATCH_LEN {

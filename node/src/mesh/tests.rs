@@ -2,6 +2,7 @@
 
 mod cluster;
 mod seeders;
+mod unknown;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use layer::ChunkIndex;
+
 use super::*;
 use crate::config::CacheConfig;
 use crate::ingest::tests::{Sample, TestSeeder, finished, ingester, registry_client};

@@ -1,5 +1,6 @@
 //! The configured seeders. Each blob lies with one of them; those that failed lately are asked last.
 
+mod feed;
 mod grants;
 mod sections;
 
@@ -11,10 +12,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use layer::chunk::CHUNK_LOG2_RANGE;
+use layer::Digest;
 use layer::index::{Header, Section};
-use layer::wire::{Frame, PREFIX_LEN};
-use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
 use proto::drover::control::v1::control_client::ControlClient;
 use proto::drover::control::v1::{ResolveEvent, ResolveRequest, resolve_event};
@@ -31,9 +30,9 @@ use crate::ingest::Progress;
 use crate::mesh::{OwnAddress, Turned};
 use crate::security::token::Token;
 use crate::security::{Role, Security, Signed, tls};
-use crate::serve::CHUNK_LOG2;
 use crate::source::{BlobRef, Priority, SourceError};
 
+pub(crate) use self::feed::Feed;
 use self::grants::Seeders;
 pub use crate::bulk::Options;
 
@@ -287,6 +286,7 @@ impl Client {
             urls: blob.urls.clone(),
             registry: blob.registry.clone(),
             repository: blob.repository.clone(),
+            wants_digests: self.shared.own_address.is_awaited(),
         };
         if let Security::Mutual(identity) = &self.shared.security {
             identity.settle().await;
@@ -299,7 +299,8 @@ impl Client {
                 let answer = tokio::time::timeout(seat.stall, control.resolve(request)).await;
                 match answer.map_err(|_| seat.stalled())? {
                     Ok(answer) => {
-                        Ok(Resolution { client: self.clone(), seat, blob: digest, events: answer.into_inner() })
+                        let events = answer.into_inner();
+                        Ok(Resolution { client: self.clone(), seat, blob: digest, events, digests: None })
                     }
                     Err(status) => Err(seat.status_error(status).await),
                 }
@@ -552,6 +553,7 @@ pub struct Resolution {
     seat: Arc<Seat>,
     blob: Digest,
     events: tonic::Streaming<ResolveEvent>,
+    digests: Option<(u32, Vec<u8>)>,
 }
 
 impl Resolution {
@@ -569,12 +571,15 @@ impl Resolution {
             Err(status) => return Err(self.seat.status_error(status).await),
         };
         Ok(Some(match event {
-            resolve_event::Event::Progress(progress) => Event::Progress(Progress {
-                blob_read: progress.blob_read,
-                blob_size: progress.blob_size,
-                device_read: progress.device_read,
-                ahead_read: progress.ahead_read,
-            }),
+            resolve_event::Event::Progress(progress) => {
+                self.digests = Some((progress.first_digest, progress.digests));
+                Event::Progress(Progress {
+                    blob_read: progress.blob_read,
+                    blob_size: progress.blob_size,
+                    device_read: progress.device_read,
+                    ahead_read: progress.ahead_read,
+                })
+            }
             resolve_event::Event::Unsupported(unsupported) => {
                 Event::Unsupported(unsupported.reason.chars().take(REASON_BYTES_MAX).collect())
             }
@@ -599,67 +604,14 @@ impl Resolution {
         self.client.section_by(&self.seat, header, section).await
     }
 
-    /// The chunks of the layer from the first on, as they come into being.
-    pub async fn follow(&self) -> Result<Follow, SeederError> {
-        let path = format!("/v1/layers/{}/follow", self.blob);
-        let answer = self.seat.bulk.ask(self.blob, &path, Some(Priority::Background)).await;
-        let response = answer.map_err(|fault| self.seat.error(fault))?;
-        let log2 = response.headers().get(CHUNK_LOG2).and_then(|value| value.to_str().ok()?.parse().ok());
-        let chunk_log2 = log2
-            .filter(|log2| CHUNK_LOG2_RANGE.contains(log2))
-            .ok_or_else(|| self.seat.wrong(format!("no usable {CHUNK_LOG2}")))?;
-        Ok(Follow {
-            body: self.seat.bulk.body(response),
-            seat: Arc::clone(&self.seat),
-            chunk_log2,
-            buffer: Vec::new(),
-            taken: 0,
-            next: 0,
-        })
-    }
-}
-
-/// The chunks of a layer as they come into being.
-pub struct Follow {
-    seat: Arc<Seat>,
-    body: Body,
-    chunk_log2: u8,
-    buffer: Vec<u8>,
-    taken: usize,
-    next: u32,
-}
-
-impl Follow {
-    /// log2 of the chunk size.
-    pub const fn chunk_log2(&self) -> u8 {
-        self.chunk_log2
+    /// What came with the last event: the digests of chunks that the seeder made, and the first of these chunks.
+    pub(crate) fn take_digests(&mut self) -> Option<(u32, Vec<u8>)> {
+        self.digests.take()
     }
 
-    /// The next chunk, unverified; `None` after the last.
-    pub async fn next(&mut self) -> Result<Option<(ChunkIndex, Frame<'_>)>, SeederError> {
-        self.buffer.drain(..self.taken);
-        self.taken = 0;
-        loop {
-            let claimed = self.buffer.first_chunk::<PREFIX_LEN>().map(|prefix| u32::from_le_bytes(*prefix) << 1 >> 1);
-            if claimed.is_some_and(|len| len == 0 || len > 1 << self.chunk_log2) {
-                return Err(self.seat.wrong("a frame of an impossible length"));
-            }
-            if claimed.is_some_and(|len| self.buffer.len() - PREFIX_LEN >= len as usize) {
-                break;
-            }
-            match self.body.next().await.map_err(|fault| self.seat.error(fault))? {
-                Some(bytes) => self.buffer.extend_from_slice(&bytes),
-                None if self.buffer.is_empty() => return Ok(None),
-                None => return Err(self.seat.wrong("the chunks end inside a frame")),
-            }
-        }
-        let Some((frame, _)) = Frame::split(&self.buffer) else {
-            return Err(self.seat.wrong("a frame that cannot be read"));
-        };
-        let chunk = ChunkIndex(self.next);
-        self.next = self.next.checked_add(1).ok_or_else(|| self.seat.wrong("too many chunks"))?;
-        self.taken = frame.wire_len();
-        Ok(Some((chunk, frame)))
+    /// Where the chunks of the layer come from while the seeder makes them.
+    pub(crate) fn feed(&self) -> Feed {
+        Feed { client: self.client.clone(), seat: Arc::clone(&self.seat), blob: self.blob }
     }
 }
 

@@ -120,16 +120,40 @@ impl IncomingStore {
         &self.device
     }
 
-    pub(super) fn wire(&self) -> &Arc<WireStore> {
+    pub(crate) fn wire(&self) -> &Arc<WireStore> {
         &self.wire
     }
 
-    pub(super) fn chunk_log2(&self) -> u8 {
+    pub(crate) fn chunk_log2(&self) -> u8 {
         self.chunk_log2
     }
 
     pub(crate) fn arrived(&self) -> BTreeMap<u32, Arrived> {
         self.chunks.lock().clone()
+    }
+
+    /// The digest of a chunk that arrived.
+    pub(crate) fn digest(&self, chunk: u32) -> Option<ChunkDigest> {
+        self.chunks.lock().get(&chunk).map(|arrived| arrived.digest)
+    }
+
+    /// The chunks from `chunk` on did not arrive.
+    pub(crate) fn forget_from(&self, chunk: u32) {
+        let forgotten = self.chunks.lock().split_off(&chunk);
+        let bytes = forgotten.values().map(|arrived| (arrived.len as u64).next_multiple_of(4096)).sum();
+        self.charged.fetch_sub(bytes, Ordering::Relaxed);
+        self.site.room.give_back(bytes);
+    }
+
+    /// The bytes of a chunk, if they are those that arrived.
+    pub(crate) fn read_checked(&self, chunk: u32) -> io::Result<Vec<u8>> {
+        let arrived = self.chunks.lock().get(&chunk).copied();
+        let arrived = arrived.ok_or_else(|| io::Error::other(format!("chunk {chunk} did not arrive")))?;
+        let plain = self.read(chunk, arrived)?;
+        match ChunkDigest::of(&plain) == arrived.digest {
+            true => Ok(plain),
+            false => Err(io::Error::new(io::ErrorKind::InvalidData, format!("chunk {chunk} is not what was written"))),
+        }
     }
 
     /// The bytes of a chunk that arrived.

@@ -1,8 +1,9 @@
 //! The seeder's layers, given as the tracker says and no faster than the seeder may send.
 
+mod followers;
 mod sections;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use proto::drover::seeder::v1::{Layer, StatusResponse};
 use swarm::{LayerKey, PeerId, Rate};
 use tokio::time::Instant;
 
+use self::followers::Followers;
 use self::sections::Sections;
 use super::Tracker;
 use super::book::Decision;
@@ -43,8 +45,7 @@ pub struct Gate {
     ingester: Ingester,
     tracker: Tracker,
     upload: Arc<Upload>,
-    /// Blobs whose ingest a node of the mesh follows.
-    followed: Arc<Mutex<HashSet<Digest>>>,
+    followers: Followers,
     sections: Sections,
     /// Sections of no more bytes are given to all.
     pub(super) section_small: u64,
@@ -68,7 +69,7 @@ impl Gate {
             ingester,
             tracker,
             upload,
-            followed: Arc::default(),
+            followers: Followers::default(),
             sections: Sections::default(),
             section_small: SECTION_SMALL,
         }
@@ -131,18 +132,29 @@ impl Gate {
     }
 
     /// N nodes that want an image that nobody knows must not cost N copies: one of them gets its chunks as they come, the
-    /// others get them from it, and from each other, once the index is there.
-    async fn give_as_it_comes(&self, blob: Digest, asker: Asker) -> Result<Frames, ServeError> {
-        let mut follower = None;
-        if asker.peer.is_some() {
-            let turned = || ServeError::Busy(Turned { retry_after: FOLLOW_RETRY, peers: Vec::new() });
-            if self.ingester.running(blob).is_none() {
-                return Err(if self.ingester.flight(blob).is_some() { ServeError::NotYet } else { turned() });
+    /// others get them from it, and from each other.
+    async fn give_as_it_comes(&self, blob: Digest, first: u32, asker: Asker) -> Result<Frames, ServeError> {
+        let mut place = None;
+        if let Some(peer) = asker.peer {
+            let turned = |peers| ServeError::Busy(Turned { retry_after: FOLLOW_RETRY, peers });
+            let is_running = |blob| self.ingester.running(blob).is_some();
+            if !is_running(blob) {
+                let is_waiting = self.ingester.flight(blob).is_some();
+                return Err(if is_waiting { ServeError::NotYet } else { turned(Vec::new()) });
             }
-            follower = Some(Follower::of(&self.followed, blob).ok_or_else(turned)?);
+            let member = self.tracker.with(|book, _| book.on_line(&asker));
+            // Who was told no digests passes nothing on.
+            let gives = self.ingester.tells_digests();
+            let giver = |address| self.tracker.with(|book, _| book.giver(address)).filter(|_| gives);
+            let placed = self.followers.place(blob, peer, member.is_some(), giver, is_running);
+            place = Some(placed.map_err(|behind| turned(behind.into_iter().collect()))?);
+            // Its predecessor may have come to the end just now.
+            if !is_running(blob) {
+                return Err(turned(Vec::new()));
+            }
         }
-        let frames = self.ingester.follow(blob, asker).await?;
-        Ok(self.upload.carry(blob, frames, follower, |_| {}))
+        let frames = self.ingester.follow(blob, first, asker).await?;
+        Ok(self.upload.carry(blob, frames, place, |_| {}))
     }
 }
 
@@ -159,8 +171,8 @@ impl LayerServer for Gate {
         Box::pin(self.give(blob, run, asker))
     }
 
-    fn follow(&self, blob: Digest, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
-        Box::pin(self.give_as_it_comes(blob, asker))
+    fn follow(&self, blob: Digest, first: u32, asker: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+        Box::pin(self.give_as_it_comes(blob, first, asker))
     }
 }
 
@@ -177,25 +189,6 @@ impl Drop for Grant {
     fn drop(&mut self) {
         let run = self.run.clone();
         self.tracker.with(|book, now| book.on_end(now, self.layer, self.peer, run, self.is_whole));
-    }
-}
-
-/// The node that follows an ingest.
-struct Follower {
-    followed: Arc<Mutex<HashSet<Digest>>>,
-    blob: Digest,
-}
-
-impl Follower {
-    /// `None`: there is one.
-    fn of(followed: &Arc<Mutex<HashSet<Digest>>>, blob: Digest) -> Option<Self> {
-        followed.lock().insert(blob).then(|| Self { followed: Arc::clone(followed), blob })
-    }
-}
-
-impl Drop for Follower {
-    fn drop(&mut self) {
-        self.followed.lock().remove(&self.blob);
     }
 }
 

@@ -467,7 +467,7 @@ impl LayerServer for Giver {
         Box::pin(async { Err(ServeError::Unknown) })
     }
 
-    fn follow(&self, _: Digest, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
+    fn follow(&self, _: Digest, _: u32, _: Asker) -> BoxFuture<'_, Result<Frames, ServeError>> {
         Box::pin(async { Err(ServeError::Unknown) })
     }
 }

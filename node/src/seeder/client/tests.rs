@@ -4,12 +4,14 @@ use layer::index::{check_section, statement};
 use layer::wire::Decoder;
 
 use super::*;
+use crate::bulk::Fault;
 use crate::config::SeederAddresses;
 use crate::ingest::tests::{Sample, TestSeeder, finished, ingester};
 use crate::registry::fake::FakeRegistry;
 use crate::security::tests::TestCluster;
 use crate::seeder::SeederSource;
-use crate::source::{ChunkSink, Priority, Source, WrongChunk};
+use crate::source::{ChunkSink, Priority, Source, SourceKind, WrongChunk};
+use layer::ChunkIndex;
 
 fn quick() -> Options {
     Options { connect_timeout: Duration::from_secs(2), stall_timeout: Duration::from_secs(5) }
@@ -64,12 +66,12 @@ async fn resolves_follows_and_fetches_with_and_without_tls() {
         let Some(Event::Progress(_)) = resolution.next().await.unwrap() else { panic!("it is not new") };
         let started = std::time::Instant::now();
         let mut follow = loop {
-            match resolution.follow().await {
-                Ok(follow) => break follow,
-                Err(SeederError::Missing { .. }) if started.elapsed() < Duration::from_secs(60) => {
+            match resolution.feed().follow(0).await {
+                Ok((follow, SourceKind::Seeder)) => break follow,
+                Err(Fault::Missing(_)) if started.elapsed() < Duration::from_secs(60) => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                Err(error) => panic!("{error}"),
+                other => panic!("{:?}", other.err()),
             }
         };
         let (mut device, mut plain, mut decoder) = (Vec::new(), Vec::new(), Decoder::new());
