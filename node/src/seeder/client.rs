@@ -212,10 +212,12 @@ struct Shared {
     options: Options,
     own_address: OwnAddress,
     grants: Held,
-    /// Addresses, and when they were looked up.
-    names: Mutex<HashMap<String, (Vec<IpAddr>, Option<Instant>)>>,
+    names: Mutex<HashMap<String, LookedUp>>,
     seats: Mutex<HashMap<(String, SocketAddr), Arc<Seat>>>,
 }
+
+/// Addresses of a name, and when they were looked up; `None`: they are to be looked up again.
+type LookedUp = (Vec<IpAddr>, Option<Instant>);
 
 /// One seeder.
 pub(super) struct Seat {

@@ -539,7 +539,7 @@ mod tests {
         assert_eq!(told(&mut early), []);
         book.join(NOW, late.line, blob(1), geometry(), &[]).unwrap();
         let known = from_seeder::Message::Known(blob(1).as_bytes().to_vec());
-        assert_eq!(told(&mut early), [known.clone()]);
+        assert_eq!(told(&mut early), std::slice::from_ref(&known));
         // Evicted, and known again.
         book.forget(NOW, blob(1));
         assert!(told(&mut late).contains(&unknown(blob(1))));
