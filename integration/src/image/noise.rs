@@ -13,7 +13,7 @@ use crate::pattern;
 /// The file.
 pub const FILE: &str = "/srv/noise";
 
-/// Reads the whole file and prints what [`line`] gives.
+/// Reads the whole file and prints what [`line()`] gives.
 pub const PROGRAM: [&str; 3] = ["busybox", "sha256sum", FILE];
 
 /// Builds the image into the cache, or opens it when it is there already. Its [`FILE`] has `size` bytes, in a layer of its own.
