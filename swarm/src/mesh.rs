@@ -208,18 +208,24 @@ impl Swarm {
         }
     }
 
-    /// The seeder wants this node to fetch a run for all, from `from`: itself or a neighbour in another zone.
+    /// The seeder wants this node to fetch a run for all, from `from`: itself or a neighbour in another zone. Nothing is fetched that
+    /// this node does not want, and while its containers read, nothing sooner for it: whoever only looks at an image takes
+    /// little of it.
     pub fn assign(&mut self, now: Duration, layer: LayerKey, run: Range<u32>, from: SourceId) {
         self.now = self.now.max(now);
-        let Some(book) = self.books.get_mut(&layer) else { return };
-        let (Some(mesh), true) = (&mut book.mesh, book.sources.contains_key(&from)) else { return };
+        let is_quiet = self.is_quiet(self.now);
+        let Some(book) = self.books.get(&layer) else { return };
+        let (Some(mesh), true) = (&book.mesh, book.sources.contains_key(&from)) else { return };
         let end = run.end.min(mesh.have.capacity());
-        let missing: Vec<u32> = (run.start..end).filter(|chunk| !mesh.have.contains(*chunk)).collect();
-        for chunk in missing {
+        let is_wanted = |chunk: &u32| book.want(*chunk).is_some() && !mesh.have.contains(*chunk);
+        let wanted: Vec<u32> = (run.start..end).filter(is_wanted).collect();
+        for chunk in wanted {
             let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
             if mesh.assigned.len() < ASSIGNED_MAX {
                 mesh.assigned.insert(chunk, from);
-                self.want(now, layer, chunk..chunk + 1, Priority::Readahead, Duration::MAX);
+                if is_quiet {
+                    self.want(now, layer, chunk..chunk + 1, Priority::Readahead, Duration::MAX);
+                }
             }
         }
         self.on_alive(from);

@@ -61,6 +61,24 @@ fn background_leaves_the_seeder_to_those_who_are_assigned() {
 }
 
 #[test]
+fn what_is_assigned_is_fetched_by_who_wants_it() {
+    let mut swarm = core(Config::default());
+    swarm.assign(ms(0), LAYER, 8..10, SEEDER);
+    assert!(fetches(&mut swarm, ms(0)).is_empty(), "nobody wants anything");
+    // A container reads: the rest waits until it has done so.
+    swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+    let (fetch, ..) = fetches(&mut swarm, ms(0)).remove(0);
+    swarm.on_chunk(ms(1), fetch, 0, Verdict::Verified);
+    swarm.on_end(ms(1), fetch, Outcome::Done);
+    swarm.want(ms(1), LAYER, 8..12, Priority::Background, Duration::MAX);
+    swarm.assign(ms(2), LAYER, 8..10, SEEDER);
+    assert!(fetches(&mut swarm, ms(2)).is_empty(), "a container reads");
+    swarm.handle_timeout(ms(2_100));
+    let asked = fetches(&mut swarm, ms(2_100));
+    assert!(asked.iter().any(|(_, source, run)| *source == SEEDER && *run == (8..10)), "{asked:?}");
+}
+
+#[test]
 fn demand_asks_the_near_then_the_far_then_the_seeder() {
     let mut swarm = core(Config::default());
     let far = neighbour(&mut swarm, 10, 2, 0..3);
