@@ -56,10 +56,7 @@ fn neighbour_fails(stage: &mut Stage, fault: Fault) -> Result<()> {
     let mut crowd = stage.gather(Case::Known, NODES)?;
     stage.pull(&crowd.nodes)?;
     let mut victim = crowd.nodes.pop().context("no nodes")?;
-    let mut readers = Vec::new();
-    for node in &crowd.nodes {
-        readers.push(stage.read(node)?);
-    }
+    let mut readers = stage.read_all(&crowd.nodes)?;
     wait_until_it_gives(stage, &victim)?;
     match fault {
         Fault::Killed => victim.snapshotter_mut()?.daemon_mut().kill(),
@@ -84,10 +81,7 @@ fn a_seeder_that_comes_back_goes_on() {
         stage.scene.network.set_speed(SLOW)?;
         let crowd = stage.gather(Case::Known, NODES)?;
         stage.pull(&crowd.nodes)?;
-        let mut readers = Vec::new();
-        for node in &crowd.nodes {
-            readers.push(stage.read(node)?);
-        }
+        let mut readers = stage.read_all(&crowd.nodes)?;
         wait_until_it_gives(&stage, &crowd.nodes[0])?;
         stage.scene.seeder.as_mut().context("no seeder")?.daemon_mut().kill();
         stage.scene.start_seeder(false)?;
@@ -113,10 +107,7 @@ fn a_dead_seeder_stops_nobody() {
         stage.scene.network.set_speed(SLOW)?;
         let crowd = stage.gather(Case::Known, NODES)?;
         stage.pull(&crowd.nodes)?;
-        let mut readers = Vec::new();
-        for node in &crowd.nodes {
-            readers.push(stage.read(node)?);
-        }
+        let mut readers = stage.read_all(&crowd.nodes)?;
         wait_until_it_gives(&stage, &crowd.nodes[0])?;
         let before = crowd.flows(&stage.scene)?;
         stage.scene.seeder.as_mut().context("no seeder")?.daemon_mut().kill();
@@ -145,7 +136,7 @@ fn a_node_whose_disk_rots_harms_nobody() {
             rot(path).with_context(|| format!("cannot damage {}", path.display()))?;
         }
         stage.pull(&crowd.nodes)?;
-        let readers = crowd.nodes.iter().map(|node| stage.read(node)).collect::<Result<Vec<_>>>()?;
+        let readers = stage.read_all(&crowd.nodes)?;
         for (node, reader) in crowd.nodes.iter().zip(readers) {
             stage.end(node, reader)?;
         }
