@@ -83,19 +83,15 @@ pub(crate) struct Body {
 }
 
 impl Bulk {
-    /// Of the machine that `connector` connects to; `own_address` goes with requests for chunks.
-    pub(crate) fn new(connector: Connector, stall: Duration, own_address: OwnAddress) -> Self {
+    /// Of the machine that `connector` connects to; `own_address` goes with requests for chunks, and a grant of `grants` where one is
+    /// demanded.
+    pub(crate) fn new(connector: Connector, stall: Duration, own_address: OwnAddress, grants: Option<Held>) -> Self {
         let http = legacy::Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .pool_max_idle_per_host(8)
             .build(connector);
-        Self { http, stall, own_address, grants: None }
-    }
-
-    /// Shows these grants where they are demanded.
-    pub(crate) fn with_grants(self, grants: Held) -> Self {
-        Self { grants: Some(grants), ..self }
+        Self { http, stall, own_address, grants }
     }
 
     /// The answer's head; one that is no success is a fault.

@@ -448,12 +448,12 @@ async fn nodes_demand_what_seeders_tell_them_to() {
     let source = |client| PeerSource::new(client, scene.blob.digest, layer.geometry());
     let with_grants = |security: &Security, seeders: &seeder::Client| {
         let grants = seeders.grants().clone();
-        source(PeerClient::with_grants(address, security, OwnAddress::default(), grants, options).unwrap())
+        source(PeerClient::new(address, security, OwnAddress::default(), Some(grants), options).unwrap())
     };
     let (a, b) = (scene.cluster.security(Role::Node, "a"), scene.cluster.security(Role::Node, "b"));
     let bare = {
         let security = scene.cluster.security(Role::Node, "bare");
-        source(PeerClient::new(address, &security, OwnAddress::default(), options).unwrap())
+        source(PeerClient::new(address, &security, OwnAddress::default(), None, options).unwrap())
     };
     let refused = |result: Result<(), SourceError>| match result {
         Err(SourceError::Denied { reason, .. }) => reason,

@@ -72,8 +72,8 @@ impl Drop for NeighbourLine {
 impl Lines {
     /// What asks a machine for chunks. `None`: this node has no certificate yet.
     pub(crate) fn client(&self, address: SocketAddr) -> Option<PeerClient> {
-        let (me, grants) = (self.me.clone(), self.grants.clone());
-        PeerClient::with_grants(address, &self.security, me, grants, peer::Options::default()).ok()
+        let (me, grants) = (self.me.clone(), Some(self.grants.clone()));
+        PeerClient::new(address, &self.security, me, grants, peer::Options::default()).ok()
     }
 
     /// Begins a line to a neighbour.

@@ -35,27 +35,17 @@ pub struct PeerSource {
 }
 
 impl PeerClient {
-    /// Of the member at `address`; with TLS it has to be some machine of the cluster. `own_address` goes with what is asked.
+    /// Of the member at `address`; with TLS it has to be some machine of the cluster. `own_address` goes with what is asked, and a
+    /// grant of `grants` where the member demands one.
     pub fn new(
         address: SocketAddr,
         security: &Security,
         own_address: OwnAddress,
+        grants: Option<Held>,
         options: Options,
     ) -> Result<Self, rustls::Error> {
         let connector = connector(address, security, tls::HTTP1, options)?;
-        Ok(Self { address, bulk: Arc::new(Bulk::new(connector, options.stall_timeout, own_address)) })
-    }
-
-    /// The same with `grants`, which are shown where the member demands them.
-    pub fn with_grants(
-        address: SocketAddr,
-        security: &Security,
-        own_address: OwnAddress,
-        grants: Held,
-        options: Options,
-    ) -> Result<Self, rustls::Error> {
-        let connector = connector(address, security, tls::HTTP1, options)?;
-        let bulk = Bulk::new(connector, options.stall_timeout, own_address).with_grants(grants);
+        let bulk = Bulk::new(connector, options.stall_timeout, own_address, grants);
         Ok(Self { address, bulk: Arc::new(bulk) })
     }
 

@@ -48,7 +48,7 @@ impl Member {
     /// Lets it fetch from `other`.
     fn meets(&self, other: &Self) {
         let options = Options::default();
-        let client = PeerClient::new(other.address, &Security::Off, OwnAddress::default(), options).unwrap();
+        let client = PeerClient::new(other.address, &Security::Off, OwnAddress::default(), None, options).unwrap();
         let source = PeerSource::new(client, self.layer.header().blob(), self.layer.geometry());
         self.layer.add_source(Arc::new(source));
     }

@@ -251,7 +251,8 @@ impl Client {
     pub fn local(path: PathBuf, options: Options) -> Self {
         let name = path.display().to_string();
         let connector = Connector::local(path);
-        let seat = Seat::new(name, connector.clone(), connector, options, OwnAddress::default());
+        let bulk = Bulk::new(connector.clone(), options.stall_timeout, OwnAddress::default(), None);
+        let seat = Seat::new(name, bulk, connector, options);
         Self::with(Vec::new(), Some(Arc::new(seat)), Security::Off, options)
     }
 
@@ -360,7 +361,8 @@ impl Client {
                 let options = self.shared.options;
                 let connector = Connector::new(address, Some((Arc::clone(&config), server)), options.connect_timeout);
                 let name = seat_name(host, address);
-                let seat = Seat::new(name, connector.clone(), connector, options, OwnAddress::default());
+                let bulk = Bulk::new(connector.clone(), options.stall_timeout, OwnAddress::default(), None);
+                let seat = Seat::new(name, bulk, connector, options);
                 let mut enrolment = EnrolmentClient::new(seat.channel.clone());
                 match tokio::time::timeout(seat.stall, enrolment.enrol(request.clone())).await {
                     Ok(Ok(answer)) => return Ok(answer.into_inner()),
@@ -522,9 +524,8 @@ impl Client {
         };
         let (name, own_address) = (seat_name(host, address), self.shared.own_address.clone());
         let (http1, http2) = (connector(tls::HTTP1)?, connector(tls::HTTP2)?);
-        let mut seat = Seat::new(name, http1, http2, options, own_address);
-        seat.bulk = seat.bulk.with_grants(self.shared.grants.clone());
-        let seat = Arc::new(seat);
+        let bulk = Bulk::new(http1, options.stall_timeout, own_address, Some(self.shared.grants.clone()));
+        let seat = Arc::new(Seat::new(name, bulk, http2, options));
         let mut seats = self.shared.seats.lock();
         if seats.len() >= 256 {
             seats.clear();
@@ -618,13 +619,12 @@ impl Resolution {
 }
 
 impl Seat {
-    fn new(name: String, http1: Connector, http2: Connector, options: Options, own_address: OwnAddress) -> Self {
+    fn new(name: String, bulk: Bulk, http2: Connector, options: Options) -> Self {
         // The connector decides where to; tonic only wants a URI.
         let channel = Endpoint::from_static("http://seeder")
             .http2_keep_alive_interval(options.stall_timeout / 2)
             .keep_alive_timeout(options.stall_timeout / 2)
             .connect_with_connector_lazy(http2);
-        let bulk = Bulk::new(http1, options.stall_timeout, own_address);
         Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default() }
     }
 

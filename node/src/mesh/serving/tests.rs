@@ -72,7 +72,7 @@ impl Scene {
     fn source(&self, security: &Security) -> PeerSource {
         let own = OwnAddress::default();
         own.set(Some("10.0.0.1:7071".parse().unwrap()));
-        let client = PeerClient::new(self.address, security, own, Options::default()).unwrap();
+        let client = PeerClient::new(self.address, security, own, None, Options::default()).unwrap();
         PeerSource::new(client, self.blob(), self.layer.geometry())
     }
 

@@ -43,7 +43,7 @@ impl Feed {
         let shared = &self.client.shared;
         let options = Options { connect_timeout: CONNECT, ..shared.options };
         let (own_address, grants) = (shared.own_address.clone(), shared.grants.clone());
-        let peer = PeerClient::with_grants(member.address, &shared.security, own_address, grants, options);
+        let peer = PeerClient::new(member.address, &shared.security, own_address, Some(grants), options);
         let follow = peer.map_err(Fault::wrong)?.follow(self.blob, first).await?;
         Ok((follow, SourceKind::Peer))
     }

@@ -45,7 +45,7 @@ impl Client {
         for member in members.iter().take(MEMBERS_TRIED) {
             let (own_address, grants) = (self.shared.own_address.clone(), self.shared.grants.clone());
             let security = &self.shared.security;
-            let client = PeerClient::with_grants(member.address, security, own_address, grants, MEMBER).ok()?;
+            let client = PeerClient::new(member.address, security, own_address, Some(grants), MEMBER).ok()?;
             match client.section(header, section).await {
                 Some(bytes) => return Some(bytes),
                 None => tracing::debug!(blob = %header.blob(), %section, %member, "a node does not give a section"),
