@@ -219,6 +219,7 @@ impl Body {
         let mut frames = FrameReader::new(geometry, run);
         let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
         while let Some(bytes) = self.next().await? {
+            sink.moved(bytes.len());
             frames.push(&bytes);
             while let Some((chunk, frame)) = frames.next_frame().map_err(Fault::wrong)? {
                 decoder.decode(frame, geometry.chunk_len(chunk), &mut plain).map_err(Fault::wrong)?;

@@ -44,6 +44,7 @@ struct Notes {
 enum Note {
     Chunk { layer: LayerKey, fetch: FetchId, chunk: u32, verdict: Verdict },
     Here { layer: LayerKey, chunk: u32 },
+    Moved { fetch: FetchId },
     End { fetch: FetchId, outcome: Outcome, named: Option<Named> },
 }
 
@@ -187,9 +188,11 @@ impl Driver {
                 }
             };
             tokio::select! {
+                // A sign of life that came counts before it is missed.
+                biased;
+                Some(event) = self.events.recv() => self.hear(event),
                 () = self.inbox.wake.notified() => {}
                 () = timeout => {}
-                Some(event) = self.events.recv() => self.hear(event),
             }
         }
         for (_, fetch) in std::mem::take(&mut self.running) {
@@ -235,6 +238,7 @@ impl Driver {
                     self.swarm.on_here(layer, chunk);
                     self.want_again(now, layer, chunk);
                 }
+                Note::Moved { fetch } => self.swarm.on_moved(now, fetch),
                 Note::End { fetch, outcome, named } => {
                     if let Some(ended) = self.running.remove(&fetch) {
                         self.ask_units(ended.layer, ended.source);
@@ -346,8 +350,15 @@ impl Driver {
                 layer.own_counters().add(|counters| &counters.hedges, u64::from(is_hedge));
                 let task = tokio::spawn(async move {
                     let mut end = end;
-                    let mut sink =
-                        Sink { layer, kind: source.kind(), inbox: end.inbox.clone(), fetch, given: BTreeSet::new() };
+                    let mut sink = Sink {
+                        layer,
+                        kind: source.kind(),
+                        inbox: end.inbox.clone(),
+                        fetch,
+                        given: BTreeSet::new(),
+                        moved: 0,
+                        told_at: Instant::now(),
+                    };
                     let chunk = run.start;
                     let mut result = source.fetch(run, priority, &mut sink).await;
                     if let Err(SourceError::Busy { peers, .. }) = &mut result {
@@ -405,7 +416,15 @@ struct Sink {
     fetch: FetchId,
     /// A source that gives chunks again and again must not look busy for ever.
     given: BTreeSet<u32>,
+    /// Bytes since the swarm was last told of any, and when that was.
+    moved: usize,
+    told_at: Instant,
 }
+
+/// What a seeder gives in less than this is no sign that it will give a chunk in time.
+const MOVED_MIN: usize = 16 << 10;
+/// So often is enough.
+const MOVED_PAUSE: Duration = Duration::from_millis(50);
 
 impl ChunkSink for Sink {
     fn chunk(&mut self, chunk: ChunkIndex, plain: &[u8], wire_bytes: usize) -> Result<(), WrongChunk> {
@@ -414,6 +433,14 @@ impl ChunkSink for Sink {
 
     fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
         self.take(chunk, plain, frame.wire_len(), Some(frame))
+    }
+
+    fn moved(&mut self, wire_bytes: usize) {
+        self.moved += wire_bytes;
+        if self.kind == SourceKind::Seeder && self.moved >= MOVED_MIN && self.told_at.elapsed() >= MOVED_PAUSE {
+            self.inbox.push(Note::Moved { fetch: self.fetch });
+            (self.moved, self.told_at) = (0, Instant::now());
+        }
     }
 }
 
@@ -450,6 +477,7 @@ impl Sink {
             Verdict::Verified
         };
         self.inbox.push(Note::Chunk { layer: self.layer.key(), fetch: self.fetch, chunk: chunk.0, verdict });
+        (self.moved, self.told_at) = (0, Instant::now());
         if verdict == Verdict::Wrong { Err(WrongChunk(chunk)) } else { Ok(()) }
     }
 }

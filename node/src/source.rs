@@ -79,6 +79,9 @@ pub trait ChunkSink: Send {
     fn frame(&mut self, chunk: ChunkIndex, plain: &[u8], frame: Frame<'_>) -> Result<(), WrongChunk> {
         self.chunk(chunk, plain, frame.wire_len())
     }
+
+    /// So many bytes came, which may be part of a chunk that is not whole yet.
+    fn moved(&mut self, _wire_bytes: usize) {}
 }
 
 /// The bytes that came are not the chunk.

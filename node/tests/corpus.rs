@@ -103,7 +103,7 @@ fn write_mesh_seeds() {
     };
     let on = |line: u8, message: &[u8]| [&[line, u8::try_from(message.len()).expect("short")], message].concat();
     let blob = mesh::blob().as_bytes().to_vec();
-    let haves = |runs: &[u32]| Haves { blob: blob.clone(), runs: runs.to_vec() };
+    let haves = |runs: &[u32]| Haves { blob: blob.clone(), runs: runs.to_vec(), fills: None };
     let hello = |address: &str| Hello { address: address.to_owned(), zone: "eu-1".to_owned(), leech: false };
 
     let says = |line: u8, message: to_seeder::Message| on(line, &ToSeeder { message: Some(message) }.encode_to_vec());

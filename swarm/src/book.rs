@@ -18,7 +18,8 @@ pub(crate) struct Book {
     pub(crate) geometry: Geometry,
     pub(crate) sources: BTreeMap<SourceId, Offer>,
     pub(crate) mesh: Option<Box<Mesh>>,
-    pub(crate) fetches: BTreeSet<FetchId>,
+    /// Its transfers, with the chunks that come with each.
+    pub(crate) fetches: BTreeMap<FetchId, Range<u32>>,
     wants: BTreeMap<u32, Want>,
     /// How many of them are wanted in the background.
     background: u32,
@@ -113,6 +114,8 @@ pub(crate) struct Fetch {
     pub(crate) started: Duration,
     pub(crate) last_progress: Duration,
     pub(crate) hedge_at: Option<Duration>,
+    /// When its seeder was asked for a sign of life, since it last gave a chunk of it.
+    pub(crate) asked_at: Option<Duration>,
     /// It moves a whole unit that is a stream ([`Config::stream_bytes_min`](crate::Config::stream_bytes_min)).
     pub(crate) is_stream: bool,
     /// It counts for what is in flight in meshes.
@@ -155,13 +158,18 @@ impl Book {
             geometry,
             sources: BTreeMap::new(),
             mesh: None,
-            fetches: BTreeSet::new(),
+            fetches: BTreeMap::new(),
             wants: BTreeMap::new(),
             background: 0,
             queues: Default::default(),
             queued_sets: Default::default(),
             failed: BTreeMap::new(),
         }
+    }
+
+    /// Transfers with `chunk` among what comes with them; it may have come.
+    pub(crate) fn fetches_over(&self, chunk: u32) -> impl Iterator<Item = FetchId> {
+        self.fetches.iter().filter(move |(_, cover)| cover.contains(&chunk)).map(|(id, _)| *id)
     }
 
     /// Nothing is wanted.

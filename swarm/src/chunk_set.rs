@@ -121,7 +121,30 @@ impl ChunkSet {
 
     /// The first chunk at or above `from` and below `end` that is in both.
     pub(crate) fn next_in_both(&self, other: &Self, from: u32, end: u32) -> Option<u32> {
-        self.first(from, end, |at, word| word & other.word(at))
+        let end = end.min(self.len);
+        if from >= end {
+            return None;
+        }
+        let at = (from / 64) as usize;
+        let words = self.words.get(at..end.div_ceil(64) as usize)?.iter().zip(other.words.get(at..)?);
+        let mut mask = u64::MAX << (from % 64);
+        for (ahead, (word, other)) in words.enumerate() {
+            let both = word & other & mask;
+            if both != 0 {
+                let chunk = (at + ahead) as u32 * 64 + both.trailing_zeros();
+                return (chunk < end).then_some(chunk);
+            }
+            mask = u64::MAX;
+        }
+        None
+    }
+
+    /// The last chunk below `end` that is in both.
+    pub(crate) fn last_in_both(&self, other: &Self, end: u32) -> Option<u32> {
+        let words = end.min(self.len).div_ceil(64) as usize;
+        let pairs = self.words.iter().zip(&other.words).take(words);
+        let (at, both) = pairs.map(|(word, other)| word & other).enumerate().rev().find(|(_, both)| *both != 0)?;
+        Some(at as u32 * 64 + 63 - both.leading_zeros())
     }
 
     /// The first chunk at or above `from` and below `end` that is in this set and not in `other`.
@@ -182,6 +205,8 @@ mod tests {
                 prop_assert_eq!(set.next(from), model.range(from..).next().copied());
                 let both = model.range(from..).find(|chunk| *chunk % 2 == 1).copied();
                 prop_assert_eq!(set.next_in_both(&odd, from, len), both);
+                let last = model.iter().rev().find(|chunk| *chunk % 2 == 1).copied();
+                prop_assert_eq!(set.last_in_both(&odd, len), last);
                 let not = model.range(from..).find(|chunk| *chunk % 2 == 0).copied();
                 prop_assert_eq!(set.next_not_in(&odd, from, len), not);
             }

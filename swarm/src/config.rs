@@ -73,9 +73,13 @@ pub struct Config {
     pub peer_hedge_after_max: Duration,
     /// A neighbour that gives nothing of a background run for so long loses it, and rests.
     pub peer_stall: Duration,
-    /// A neighbour or seeder that gives nothing at all for so long while a reader waits for it loses all that it was asked for.
+    /// A neighbour or seeder that gives nothing at all for so long while a reader waits for it loses all that it was asked for,
+    /// whatever signs of life it gives.
     pub mute_after: Duration,
-    /// A seeder of a mesh, which keeps its line short, is late with demand after this.
+    /// A seeder of a mesh, which keeps its line short, is asked for a sign of life when it gave nothing of what is demanded for so
+    /// long.
+    pub seeder_ask_after: Duration,
+    /// It is late with demand after this: what a neighbour has is asked there.
     pub seeder_hedge_after: Duration,
     /// Up to so many demanded chunks are fetched in their order, each as soon as possible. More are many readers at once:
     /// whichever comes will do, and what is asked at once is bounded as for background, so that no line grows long.
@@ -90,8 +94,8 @@ pub struct Config {
     pub hedge_floor_bytes: u64,
     /// Background asks the seeder for chunks that it was not assigned only when no neighbour gave any for so long.
     pub orphan_patience: Duration,
-    /// A seeder that only failed for so long is gone: demand, then everything else, turns to the registry, together with all
-    /// others. What is under way between neighbours arrives meanwhile.
+    /// A seeder that only failed for so long, or gave no sign of life since it was asked for one, is gone: demand, then everything
+    /// else, turns to the registry, together with all others. What is under way between neighbours arrives meanwhile.
     pub seeder_gone_after: [Duration; 2],
     /// The delegate of a span has so long before the next in rank fetches it too.
     pub delegate_patience: Duration,
@@ -134,6 +138,7 @@ impl Default for Config {
             peer_hedge_after_max: Duration::from_millis(60),
             peer_stall: Duration::from_secs(1),
             mute_after: Duration::from_millis(750),
+            seeder_ask_after: Duration::from_millis(100),
             seeder_hedge_after: Duration::from_millis(250),
             ordered_max: 16,
             crowd_fetches_max: 2,

@@ -64,5 +64,5 @@ pub use mesh::Message;
 pub use peer::{PeerId, Zone};
 pub use rate::Rate;
 pub use swarm::{Action, FetchId, LayerKey, Outcome, Priority, Reason, SourceId, SourceKind, Swarm, Verdict};
-pub use tracker::{Answer, Tracker, TrackerAction, TrackerConfig};
+pub use tracker::{Answer, Newcomer, Tracker, TrackerAction, TrackerConfig};
 pub use uploads::{Admission, UploadConfig, Uploads};

@@ -11,11 +11,11 @@ use std::time::Duration;
 use crate::book::{Block, Book, Fetch, Offer};
 use crate::chunk_set::ChunkSet;
 use crate::config::Config;
-use crate::delegates::{BEAT, Delegate, Delegates};
+use crate::delegates::{BEAT, DELEGATES, Delegate, Delegates};
 use crate::peer::{PeerId, Zone, mix};
 use crate::picker::{self, Choice};
 use crate::source::Source;
-use crate::swarm::{LayerKey, Priority, SourceId, SourceKind, Swarm};
+use crate::swarm::{FetchId, LayerKey, Priority, SourceId, SourceKind, Swarm};
 use crate::timer::Timer;
 
 /// What the owner has to tell other machines. Losing one does no lasting harm only if the connection is lost with it: a new
@@ -33,12 +33,20 @@ pub enum Message {
         /// All that this node fetches from the registry now; may be empty.
         coming: Vec<Range<u32>>,
     },
-    /// To the seeders that introduce for the layer: [`Tracker::report`](crate::Tracker::report).
+    /// To the seeders that introduce for the layer: [`Tracker::report`](crate::Tracker::report) and
+    /// [`Tracker::fills`](crate::Tracker::fills).
     Report {
         /// Of which layer.
         layer: LayerKey,
-        /// What came since the last one.
+        /// What came since the last one; may be empty.
         runs: Vec<Range<u32>>,
+        /// As [`Swarm::fills`].
+        fills: bool,
+    },
+    /// To a seeder that is late: it is to give a sign of life, [`Swarm::on_alive`].
+    Ask {
+        /// For which layer it is asked; any other of the same seeder would do.
+        layer: LayerKey,
     },
     /// This neighbour sent a wrong chunk: break its connections off, serve it no more, and accuse it at the seeder.
     Cut {
@@ -59,6 +67,8 @@ const COMING: Duration = BEAT.saturating_mul(3);
 const COMING_STALL: Duration = Duration::from_secs(2);
 /// Most runs that a neighbour may speak of.
 const COMING_MAX: usize = 64;
+/// A node that took nothing of what is assigned for so many beats says so.
+const IDLE_BEATS: u32 = 3;
 /// When what waits is looked at again if nothing happens.
 const LOOK: Duration = Duration::from_millis(150);
 
@@ -81,6 +91,9 @@ pub(crate) struct Mesh {
     /// When last a chunk came, and when a neighbour was last asked.
     last_got: Duration,
     last_start: Duration,
+    /// What seeders are told: that assignments are fetched. And for how many beats that was not so.
+    fills: bool,
+    idle_beats: u32,
     pub(crate) tell_at: Option<Duration>,
     pub(crate) beat_at: Option<Duration>,
     pub(crate) look_at: Option<Duration>,
@@ -130,6 +143,8 @@ impl Swarm {
             opened: now,
             last_got: now,
             last_start: now,
+            fills: false,
+            idle_beats: 0,
             tell_at: None,
             beat_at: None,
             look_at: None,
@@ -142,6 +157,11 @@ impl Swarm {
     /// What this node has of a layer in a mesh.
     pub fn have(&self, layer: LayerKey) -> Option<&ChunkSet> {
         self.books.get(&layer)?.mesh.as_ref().map(|mesh| &mesh.have)
+    }
+
+    /// Whether this node takes what a seeder assigns of a layer, as seeders are told.
+    pub fn fills(&self, layer: LayerKey) -> bool {
+        self.books.get(&layer).and_then(|book| book.mesh.as_ref()).is_some_and(|mesh| mesh.fills)
     }
 
     /// Chunks are gone from this machine. Neighbours learn of it when they ask.
@@ -209,15 +229,15 @@ impl Swarm {
     }
 
     /// The seeder wants this node to fetch a run for all, from `from`: itself or a neighbour in another zone. Nothing is fetched that
-    /// this node does not want, and while its containers read, nothing sooner for it: whoever only looks at an image takes
-    /// little of it.
+    /// this node neither wants nor will want since it [fills](Swarm::fills), and while its containers read, nothing sooner for it:
+    /// whoever only looks at an image takes little of it.
     pub fn assign(&mut self, now: Duration, layer: LayerKey, run: Range<u32>, from: SourceId) {
         self.now = self.now.max(now);
         let is_quiet = self.is_quiet(self.now);
         let Some(book) = self.books.get(&layer) else { return };
         let (Some(mesh), true) = (&book.mesh, book.sources.contains_key(&from)) else { return };
         let end = run.end.min(mesh.have.capacity());
-        let is_wanted = |chunk: &u32| book.want(*chunk).is_some() && !mesh.have.contains(*chunk);
+        let is_wanted = |chunk: &u32| (mesh.fills || book.want(*chunk).is_some()) && !mesh.have.contains(*chunk);
         let wanted: Vec<u32> = (run.start..end).filter(is_wanted).collect();
         for chunk in wanted {
             let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
@@ -228,7 +248,7 @@ impl Swarm {
                 }
             }
         }
-        self.on_alive(from);
+        self.on_alive(now, from);
     }
 
     /// The connection on which a seeder introduces and assigns is lost.
@@ -238,9 +258,19 @@ impl Swarm {
     }
 
     /// A seeder gave a sign of life that is no chunk.
-    pub fn on_alive(&mut self, source: SourceId) {
+    pub fn on_alive(&mut self, now: Duration, source: SourceId) {
+        self.now = self.now.max(now);
         if let Some(source) = self.sources.get_mut(&source) {
-            source.alive();
+            source.alive(self.now);
+        }
+    }
+
+    /// More of a fetch came that makes up no chunk yet, and not so little that it would never.
+    pub fn on_moved(&mut self, now: Duration, fetch: FetchId) {
+        self.now = self.now.max(now);
+        let source = self.fetches.get(&fetch).map(|fetch| fetch.source);
+        if let Some(source) = source.and_then(|source| self.sources.get_mut(&source)) {
+            source.moved(self.now);
         }
     }
 
@@ -271,7 +301,7 @@ impl Swarm {
         let Some(book) = self.books.get_mut(&layer) else { return };
         let is_active = !book.is_idle();
         let Some(mesh) = &mut book.mesh else { return };
-        if mesh.beat_at.is_none() && (is_active || !mesh.unreported.is_empty()) {
+        if mesh.beat_at.is_none() && (is_active || mesh.fills || !mesh.unreported.is_empty()) {
             self.timers.set(&mut mesh.beat_at, Some(self.now + BEAT), Timer::Beat(layer));
         }
     }
@@ -282,7 +312,7 @@ impl Swarm {
             self.sources.get(&fetch.source).is_some_and(|source| source.kind == SourceKind::Registry)
                 && fetch.last_progress + COMING_STALL > self.now
         };
-        let fetches = book.fetches.iter().filter_map(|id| self.fetches.get(id)).filter(is_coming);
+        let fetches = book.fetches.keys().filter_map(|id| self.fetches.get(id)).filter(is_coming);
         let coming = if self.config.leech { Vec::new() } else { united(fetches.map(|fetch| fetch.cover.clone())) };
         let Some(mesh) = &mut book.mesh else { return };
         self.timers.set(&mut mesh.tell_at, None, Timer::Tell(layer));
@@ -299,19 +329,46 @@ impl Swarm {
         }
     }
 
+    /// Whether the node takes what a seeder assigns: it wants all, and no container reads; or many wait for more than can be asked for
+    /// in order.
+    fn is_filling(&self, layer: LayerKey) -> bool {
+        let fills = |book: &Book| {
+            (book.background_bytes() > 0 && self.is_quiet(self.now))
+                || book.queued_set(Priority::Demand).count() > self.config.ordered_max
+        };
+        self.books.get(&layer).is_some_and(fills)
+    }
+
+    /// Seeders hear at once that the node begins to fill.
+    pub(crate) fn tell_filling(&mut self, layer: LayerKey) {
+        let tells = self.books.get(&layer).and_then(|book| book.mesh.as_ref()).is_some_and(|mesh| !mesh.fills);
+        if tells && self.is_filling(layer) {
+            self.report(layer, true);
+        }
+    }
+
+    fn report(&mut self, layer: LayerKey, fills: bool) {
+        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
+        if mesh.fills != fills || !mesh.unreported.is_empty() {
+            mesh.fills = fills;
+            let runs = mesh.unreported.runs().collect();
+            mesh.unreported.clear();
+            self.messages.push_back(Message::Report { layer, runs, fills });
+        }
+    }
+
     pub(crate) fn beat(&mut self, layer: LayerKey) {
+        let is_filling = self.is_filling(layer);
         let Some(book) = self.books.get_mut(&layer) else { return };
         let is_active = !book.is_idle();
         let Some(mesh) = &mut book.mesh else { return };
         mesh.beat_at = None;
-        let (config, sources) = (&self.config, &self.sources);
-        unite(config, sources, self.now, book);
-        let Some(mesh) = &mut book.mesh else { return };
-        if !mesh.unreported.is_empty() {
-            let runs = mesh.unreported.runs().collect();
-            mesh.unreported.clear();
-            self.messages.push_back(Message::Report { layer, runs });
-        }
+        mesh.idle_beats = if is_filling { 0 } else { mesh.idle_beats.saturating_add(1) };
+        // Between two wants, or two reads, it is not worth telling.
+        let fills = is_filling || (mesh.fills && mesh.idle_beats < IDLE_BEATS);
+        unite(&self.config, &self.sources, self.now, book);
+        self.report(layer, fills);
+        let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };
         if is_active {
             mesh.delegates.beat(self.now);
             self.tell(layer, true);
@@ -330,7 +387,7 @@ impl Swarm {
                 if let Some(mesh) = &mut book.mesh {
                     mesh.uncount(gone.runs());
                 }
-                fetches.extend(book.fetches.iter().copied());
+                fetches.extend(book.fetches.keys().copied());
                 unite(&self.config, &self.sources, self.now, book);
             }
         }
@@ -427,7 +484,7 @@ impl Swarm {
             let is_allowed = match source.kind {
                 SourceKind::Local | SourceKind::Peer | SourceKind::Seeder => true,
                 SourceKind::Registry => self.seeder_gone_at(book, mesh, Priority::Demand).is_some_and(|gone| {
-                    let ranks = self.ranks(mesh, gone, self.config.delegate_patience / 4);
+                    let ranks = self.demand_ranks(gone);
                     let number = self.block(book, *id, chunk).number;
                     self.coming(book, chunk).is_none() && mesh.delegates.is_mine(number, ranks, false)
                 }),
@@ -462,16 +519,25 @@ impl Swarm {
         let chunk_size = book.geometry.chunk_size();
         let draw = mix(mesh.draw ^ self.next_fetch);
         let class = self.class(book, priority);
-        let mut peers: Vec<(bool, Duration, u64, SourceId)> = Vec::with_capacity(book.sources.len());
+        let in_order = priority == Priority::Demand && class == priority;
+        // Most looks find nothing new: what those that can be counted on have together is looked at first.
+        let offered = queued.next_in_both(&mesh.peers_have, 0, u32::MAX);
+        let (first, last) = match offered {
+            Some(first) => (first, queued.last_in_both(&mesh.peers_have, u32::MAX)?),
+            None => (queued.next(0)?, queued.last()?),
+        };
+        let mut peers: Vec<(bool, Duration, u64, SourceId)> = Vec::new();
         for (id, offer) in &book.sources {
-            let (Some(_), Some(source)) = (&offer.has, self.sources.get(id)) else { continue };
-            if source.rests_until(priority) <= self.now && source.has_room(&self.config, class, chunk_size) {
+            let (Some(has), Some(source)) = (&offer.has, self.sources.get(id)) else { continue };
+            if (offered.is_some() || !source.is_reliable(&self.config, self.now))
+                && source.rests_until(priority) <= self.now
+                && source.has_room(&self.config, class, chunk_size)
+                && queued.next_in_both(has, first, last + 1).is_some()
+            {
                 peers.push((offer.far.is_some(), source.expected_wait(self.now), mix(draw ^ id.0), *id));
             }
         }
         peers.sort_unstable();
-        let in_order = priority == Priority::Demand && class == priority;
-        let (first, last) = (queued.next(0)?, queued.last()?);
         let from = |draw: u64| first + (draw % u64::from(last - first + 1)) as u32;
         let start = if in_order { first } else { from(draw) };
         let mut far_allowed = None;
@@ -488,7 +554,7 @@ impl Swarm {
             }
             if is_far && priority != Priority::Demand {
                 let gone = *far_allowed.get_or_insert_with(|| self.seeder_gone_at(book, mesh, priority));
-                let ranks = |gone: Duration| self.ranks(mesh, gone, self.config.delegate_patience);
+                let ranks = |gone: Duration| self.ranks(mesh, gone);
                 let is_mine = |gone| mesh.delegates.is_mine(self.block(book, id, chunk).number, ranks(gone), true);
                 let is_stuck = mesh.last_start + self.config.orphan_patience * 4 <= self.now;
                 if !is_stuck && !gone.is_some_and(is_mine) {
@@ -554,8 +620,8 @@ impl Swarm {
             let end = block.chunks.end;
             let since = book.want(chunk).map_or(Duration::ZERO, |want| want.since);
             let ranks = match priority {
-                Priority::Demand => self.ranks(mesh, gone.max(since), self.config.delegate_patience / 4),
-                Priority::Readahead | Priority::Background => self.ranks(mesh, gone, self.config.delegate_patience),
+                Priority::Demand => self.demand_ranks(gone.max(since)),
+                Priority::Readahead | Priority::Background => self.ranks(mesh, gone),
             };
             let avoided = picker::from(source, book, id, chunk, priority) > self.now;
             if !avoided && mesh.delegates.is_mine(block.number, ranks, false) {
@@ -576,11 +642,21 @@ impl Swarm {
         told.flat_map(|(_, runs)| runs).find(|run| run.contains(&chunk))
     }
 
-    /// How many delegates may fetch a block: one more for each `patience` in which nothing came.
-    fn ranks(&self, mesh: &Mesh, since: Duration, patience: Duration) -> usize {
-        let since = if patience == self.config.delegate_patience { since.max(mesh.last_got) } else { since };
+    /// How many delegates may fetch a block: one more for each patience in which nothing came.
+    fn ranks(&self, mesh: &Mesh, since: Duration) -> usize {
+        self.patiences(since.max(mesh.last_got), self.config.delegate_patience).saturating_add(1)
+    }
+
+    /// The same where a reader waits: all delegates soon, since a neighbour that asks is heard of at once; everybody only later.
+    fn demand_ranks(&self, since: Duration) -> usize {
+        let patience = self.config.delegate_patience;
+        let ranks = self.patiences(since, patience / 16).saturating_add(1).min(DELEGATES);
+        if since + patience * 2 <= self.now { usize::MAX } else { ranks }
+    }
+
+    fn patiences(&self, since: Duration, patience: Duration) -> usize {
         let waited = self.now.saturating_sub(since).as_nanos() / patience.as_nanos().max(1);
-        usize::try_from(waited).unwrap_or(usize::MAX).saturating_add(1)
+        usize::try_from(waited).unwrap_or(usize::MAX)
     }
 
     /// Since when all seeders are gone, if they are.

@@ -18,6 +18,12 @@ pub(crate) struct Source {
     rest_until: Duration,
     demand_rest_until: Duration,
     pub(crate) last_progress: Option<Duration>,
+    /// When it last moved anything, gave a sign of life, and was asked for one.
+    moved_at: Duration,
+    alive_at: Duration,
+    pub(crate) asked_at: Duration,
+    /// It lives, and gave nothing for so long that this does not count.
+    is_stuck: bool,
     /// It said that it has enough to do; no fault.
     busy_until: Duration,
     /// Since when it says nothing else.
@@ -61,6 +67,10 @@ impl Source {
             rest_until: Duration::ZERO,
             demand_rest_until: Duration::ZERO,
             last_progress: None,
+            moved_at: Duration::ZERO,
+            alive_at: Duration::ZERO,
+            asked_at: Duration::ZERO,
+            is_stuck: false,
             busy_until: Duration::ZERO,
             busy_since: None,
             is_cut: false,
@@ -96,12 +106,41 @@ impl Source {
     }
 
     /// It gave a sign of life that is no chunk.
-    pub(crate) fn alive(&mut self) {
-        if self.failing_since.take().is_some() {
+    pub(crate) fn alive(&mut self, now: Duration) {
+        self.alive_at = now;
+        if !self.is_stuck && self.failing_since.take().is_some() {
             self.failures = 0;
             self.rest_until = Duration::ZERO;
             self.demand_rest_until = Duration::ZERO;
         }
+    }
+
+    /// It moves bytes, or answers that it cannot now.
+    pub(crate) fn moved(&mut self, now: Duration) {
+        self.is_stuck = false;
+        self.moved_at = now;
+        self.alive(now);
+    }
+
+    /// When it last moved bytes or answered.
+    pub(crate) fn moved_at(&self) -> Duration {
+        self.moved_at
+    }
+
+    /// When it last gave any sign of life.
+    pub(crate) fn alive_at(&self) -> Duration {
+        self.alive_at.max(self.moved_at)
+    }
+
+    /// It has failed for at least so long.
+    pub(crate) fn fails_since(&mut self, since: Duration) {
+        self.failing_since = Some(self.failing_since.map_or(since, |before| before.min(since)));
+    }
+
+    /// Whatever it says, it gives nothing, and has failed to since it last did or `since`.
+    pub(crate) fn stick(&mut self, since: Duration) {
+        self.is_stuck = true;
+        self.failing_since = Some(since.max(self.moved_at));
     }
 
     /// When it will have given nothing but failures for `limit`; `None` where it is not failing.
@@ -169,6 +208,7 @@ impl Source {
         self.rest_until = Duration::ZERO;
         self.demand_rest_until = Duration::ZERO;
         self.last_progress = Some(now);
+        self.moved(now);
         self.pace = Some(match self.pace {
             None => Pace { mean: gap, deviation: gap / 2 },
             Some(Pace { mean, deviation }) => {

@@ -201,7 +201,7 @@ impl Swarm {
     /// Forgets a layer with its wants, which do not fail: the owner tells who waits.
     pub fn remove_layer(&mut self, layer: LayerKey) {
         let Some(book) = self.books.get(&layer) else { return };
-        for fetch in book.fetches.clone() {
+        for fetch in book.fetches.keys().copied().collect::<Vec<_>>() {
             self.cancel_fetch(fetch);
         }
         let Some(book) = self.books.get(&layer) else { return };
@@ -247,7 +247,7 @@ impl Swarm {
             self.unite(layer);
         }
         let Some(book) = self.books.get(&layer) else { return };
-        for fetch in book.fetches.clone() {
+        for fetch in book.fetches.keys().copied().collect::<Vec<_>>() {
             if self.fetches.get(&fetch).is_some_and(|fetch| fetch.source == source) {
                 self.cancel_fetch(fetch);
             }
@@ -269,6 +269,7 @@ impl Swarm {
         for chunk in run.start..run.end.min(book.geometry.chunk_count()) {
             self.want_chunk(layer, chunk, priority, deadline);
         }
+        self.tell_filling(layer);
         self.arm_beat(layer);
     }
 
@@ -327,7 +328,7 @@ impl Swarm {
         }
         // What else was to bring it may be of no use any more.
         let Some(book) = self.books.get(&layer) else { return };
-        for id in book.fetches.clone() {
+        for id in book.fetches_over(chunk).collect::<Vec<_>>() {
             let Some(fetch) = self.fetches.get(&id) else { continue };
             let is_useless = |book: &Book| {
                 !book.wants(fetch.cover.clone()).any(|(_, want)| !fetch.is_stream || want.place == Place::Carried)
@@ -352,7 +353,7 @@ impl Swarm {
             Outcome::Missing { reason } => (Some(reason), true),
             Outcome::Busy { retry_after } => {
                 if let Some(source) = self.sources.get_mut(&source) {
-                    source.alive();
+                    source.moved(self.now);
                     source.busy(self.now, self.now + retry_after.min(self.config.rest_max));
                 }
                 (None, false)
@@ -446,7 +447,8 @@ impl Swarm {
 
     /// Whether demand is wanted, or was within [`Config::quiet`].
     pub fn is_quiet(&self, now: Duration) -> bool {
-        self.last_demand.is_none_or(|last| now.saturating_sub(last) >= self.config.quiet)
+        let Some(last) = self.last_demand else { return true };
+        now.saturating_sub(last) >= self.config.quiet
             && !self.fetches.values().any(|fetch| fetch.priority == Priority::Demand && self.is_waited_for(fetch))
     }
 
@@ -518,7 +520,7 @@ impl Swarm {
         };
         let is_carrier = |fetch: &Fetch| fetch.carries(chunk) && nearer(fetch) != Nearer::Usable;
         let carriers: Vec<FetchId> =
-            book.fetches.iter().copied().filter(|id| self.fetches.get(id).is_some_and(is_carrier)).collect();
+            book.fetches_over(chunk).filter(|id| self.fetches.get(id).is_some_and(is_carrier)).collect();
         let rests = carriers.iter().filter_map(|id| self.fetches.get(id)).filter_map(|fetch| match nearer(fetch) {
             Nearer::Rests { until } => Some(until),
             Nearer::Usable | Nearer::None => None,
@@ -604,7 +606,7 @@ impl Swarm {
     /// Whether a stream from `source` will bring the chunk.
     fn streams(&self, layer: LayerKey, source: SourceId, chunk: u32) -> bool {
         let Some(book) = self.books.get(&layer) else { return false };
-        let mut fetches = book.fetches.iter().filter_map(|id| self.fetches.get(id));
+        let mut fetches = book.fetches_over(chunk).filter_map(|id| self.fetches.get(&id));
         fetches.any(|fetch| fetch.is_stream && fetch.source == source && fetch.carries(chunk))
     }
 
@@ -625,7 +627,7 @@ impl Swarm {
         let kind = self.sources.get(&source).map(|source| source.kind);
         let id = FetchId(self.next_fetch);
         self.next_fetch += 1;
-        book.fetches.insert(id);
+        book.fetches.insert(id, cover.clone());
         let priority = priority.min(urgent.unwrap_or(priority));
         let fetch = Fetch {
             layer,
@@ -638,6 +640,7 @@ impl Swarm {
             started: self.now,
             last_progress: self.now,
             hedge_at: None,
+            asked_at: None,
             is_stream: whole > self.config.stream_bytes_min,
             in_mesh: book.mesh.is_some() && kind.is_some_and(|kind| kind <= SourceKind::Seeder),
             is_hedge,
@@ -696,16 +699,20 @@ impl Swarm {
             let [min, max] = [self.config.peer_hedge_after_min, self.config.peer_hedge_after_max];
             let learned = self.hedging.limit().map_or(max, |learned| (learned * 3 / 2).clamp(min, max));
             Some(if is_demand { learned } else { self.config.peer_stall })
+        } else if fetch.in_mesh && is_demand {
+            fetch.asked_at = None;
+            Some(self.config.seeder_ask_after)
         } else if fetch.in_mesh {
-            Some(if is_demand { self.config.seeder_hedge_after } else { self.config.peer_stall * 2 })
+            Some(self.config.peer_stall * 2)
         } else {
             let source = self.sources.get(&fetch.source).filter(|_| is_demand);
             source.map(|source| source.hedge_after(&self.config, self.now))
         };
+        let is_seeder = self.sources.get(&fetch.source).is_some_and(|source| source.kind == SourceKind::Seeder);
         let after = match fetch.is_hedge {
-            false => after,
             // Not asked a third time, but not waited for without end either.
-            true => fetch.in_mesh.then_some(self.config.mute_after),
+            true if !is_seeder => fetch.in_mesh.then_some(self.config.mute_after),
+            _ => after,
         };
         let at = after.map(|after| self.now + after);
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
@@ -715,28 +722,50 @@ impl Swarm {
     /// connection.
     fn hedge(&mut self, id: FetchId) {
         let Some(fetch) = self.fetches.get(&id) else { return };
-        let Some(book) = self.books.get(&fetch.layer) else { return };
         let (layer, late) = (fetch.layer, fetch.source);
+        let seeder = self.sources.get(&late).filter(|source| fetch.in_mesh && source.kind == SourceKind::Seeder);
         if fetch.priority != Priority::Demand {
+            let stall = self.config.peer_stall * 2;
+            if seeder.is_some_and(|seeder| seeder.moved_at() + stall > self.now) {
+                // It is slow, or serves what is more urgent.
+                self.arm_hedge(id);
+                return;
+            }
             // Nobody waits for it, so it is not asked twice but elsewhere.
             self.blame(late, None);
             self.cancel_fetch(id);
             return;
         }
-        if self.is_mute(fetch) {
+        let (mut next, mut is_over) = (None, self.is_mute(fetch));
+        if let Some(seeder) = seeder {
+            let Some(asked_at) = fetch.asked_at else { return self.ask_seeder(id) };
+            let silent_since = seeder.moved_at().max(fetch.last_progress);
+            if silent_since + self.config.mute_after <= self.now {
+                self.sources.get_mut(&late).into_iter().for_each(|seeder| seeder.stick(silent_since));
+                is_over = true;
+            } else if seeder.alive_at() < asked_at {
+                let gone_at = asked_at + self.config.seeder_gone_after[0];
+                is_over = gone_at <= self.now;
+                next = Some(gone_at);
+            } else {
+                is_over = false;
+            }
+        }
+        if is_over {
             self.leave(late);
             return;
         }
+        let Some(fetch) = self.fetches.get(&id) else { return };
+        let Some(book) = self.books.get(&layer) else { return };
         if fetch.is_hedge {
-            self.arm_hedge(id);
+            self.wait_on(id, next);
             return;
         }
         let is_alone = |chunk: u32| {
             book.want(chunk).is_some_and(|want| want.wants(Priority::Demand))
-                && book.fetches.iter().filter_map(|id| self.fetches.get(id)).filter(|f| f.carries(chunk)).count() == 1
+                && book.fetches_over(chunk).filter_map(|id| self.fetches.get(&id)).filter(|f| f.carries(chunk)).count()
+                    == 1
         };
-        let is_seeder = |source: &Source| source.kind == SourceKind::Seeder;
-        let is_silent = fetch.in_mesh && self.sources.get(&late).is_some_and(is_seeder);
         let first = fetch.cover.clone().find(|chunk| fetch.carries(*chunk) && is_alone(*chunk));
         if let Some(first) = first
             && self.hedges < self.config.hedges_max
@@ -752,11 +781,35 @@ impl Swarm {
                 self.start(layer, source, run, Priority::Demand, true);
             }
         }
-        if is_silent {
-            // Only so does it become known that it is gone.
-            self.blame(late, None);
+        self.wait_on(id, next);
+    }
+
+    /// Waits longer for a fetch that is late. `gone_at`: its seeder gives no sign of life, and is gone then unless it gives one.
+    fn wait_on(&mut self, id: FetchId, gone_at: Option<Duration>) {
+        let Some(gone_at) = gone_at else { return self.arm_hedge(id) };
+        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        self.timers.set(&mut fetch.hedge_at, Some(gone_at), Timer::Hedge(id));
+        let (seeder, asked_at) = (fetch.source, fetch.asked_at);
+        self.blame(seeder, None);
+        if let (Some(seeder), Some(asked_at)) = (self.sources.get_mut(&seeder), asked_at) {
+            seeder.fails_since(asked_at);
         }
-        self.arm_hedge(id);
+    }
+
+    /// Asks a seeder that is late for a sign of life: one that gives it is slow, another one gone.
+    fn ask_seeder(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        fetch.asked_at = Some(self.now);
+        let [asks, hedges] = [self.config.seeder_ask_after, self.config.seeder_hedge_after];
+        let at = self.now + hedges.saturating_sub(asks);
+        self.timers.set(&mut fetch.hedge_at, Some(at), Timer::Hedge(id));
+        let (layer, seeder) = (fetch.layer, fetch.source);
+        if let Some(seeder) = self.sources.get_mut(&seeder)
+            && seeder.asked_at + asks / 2 <= self.now
+        {
+            seeder.asked_at = self.now;
+            self.messages.push_back(Message::Ask { layer });
+        }
     }
 
     /// Whether a machine of the mesh has given nothing at all for so long that all that it was asked for is better asked elsewhere,
@@ -795,17 +848,15 @@ impl Swarm {
         let now = self.now;
         let Some(book) = self.books.get_mut(&layer) else { return };
         let silent: Vec<SourceId> = book
-            .fetches
-            .iter()
-            .filter_map(|id| self.fetches.get(id))
+            .fetches_over(chunk)
+            .filter_map(|id| self.fetches.get(&id))
             .filter(|fetch| fetch.carries(chunk) && fetch.started < now)
             .map(|fetch| fetch.source)
             .collect();
         let moving_since = now.saturating_sub(self.config.hedge_after_max);
         let is_coming = book
-            .fetches
-            .iter()
-            .filter_map(|id| self.fetches.get(id))
+            .fetches_over(chunk)
+            .filter_map(|id| self.fetches.get(&id))
             .filter(|fetch| fetch.is_stream && fetch.carries(chunk))
             .any(|fetch| !fetch.got.is_empty() && fetch.last_progress >= moving_since);
         let Some(want) = book.want_mut(chunk) else { return };

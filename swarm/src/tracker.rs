@@ -132,6 +132,19 @@ pub struct Tracker {
     silence_at: Duration,
 }
 
+/// Who joins a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Newcomer {
+    /// Who.
+    pub peer: PeerId,
+    /// Where.
+    pub zone: Zone,
+    /// It gives nothing: first copies are for others.
+    pub leech: bool,
+    /// It takes what it is assigned ([`Swarm::fills`](crate::Swarm::fills)).
+    pub fills: bool,
+}
+
 /// The nodes of one layer.
 #[derive(Debug)]
 struct Members {
@@ -163,11 +176,14 @@ struct Member {
     open_bytes: u64,
     heard: Duration,
     leech: bool,
+    fills: bool,
 }
 
 #[derive(Debug)]
 struct InZone {
     turn: VecDeque<PeerId>,
+    /// How many of them fill.
+    filling: usize,
     /// In it or on the way into it.
     entered: ChunkSet,
 }
@@ -192,6 +208,7 @@ struct UnderWay {
 }
 
 const NOBODY: PeerId = PeerId(0);
+const NOT_GIVEN: Given = Given { at: Duration::ZERO, to: NOBODY, copies: 0, sent: false, pointed: 0 };
 /// Most expelled peers and accusations that are kept.
 const EXPELLED_MAX: usize = 4096;
 /// Most runs that cross into zones because those came later.
@@ -215,28 +232,34 @@ impl Tracker {
         }
     }
 
-    /// A node joins a layer, or asks for more neighbours. `have` is what it has of it. A *leech* gives nothing: first copies are
-    /// for others.
-    #[allow(clippy::too_many_arguments)]
+    /// A node joins a layer, or asks for more neighbours. `have` is what it has of it.
     pub fn join(
         &mut self,
         now: Duration,
         layer: LayerKey,
         geometry: Geometry,
-        peer: PeerId,
-        zone: Zone,
+        newcomer: Newcomer,
         have: &[Range<u32>],
-        leech: bool,
     ) {
         self.now = self.now.max(now);
+        let peer = newcomer.peer;
         if self.expelled.contains(&peer) {
             return;
         }
         let members = self.layers.entry(layer).or_insert_with(|| Members::new(geometry));
-        members.add(peer, zone, leech, self.now);
+        members.add(newcomer, self.now);
         self.report(now, layer, peer, have);
         self.introduce(layer, peer);
         self.spread(layer);
+    }
+
+    /// A node begins or ceases to take what it is assigned.
+    pub fn fills(&mut self, now: Duration, layer: LayerKey, peer: PeerId, fills: bool) {
+        self.now = self.now.max(now);
+        let Some(members) = self.layers.get_mut(&layer) else { return };
+        if members.set_fills(peer, fills) && fills {
+            self.spread(layer);
+        }
     }
 
     /// A node left a layer, or its connection broke.
@@ -576,7 +599,7 @@ impl Members {
             list: Vec::new(),
             zones: BTreeMap::new(),
             unspread,
-            given: vec![Given { at: Duration::ZERO, to: NOBODY, copies: 0, sent: false, pointed: 0 }; count as usize],
+            given: vec![NOT_GIVEN; count as usize],
             under_way: BTreeMap::new(),
             spreading_bytes: 0,
             serving: BTreeMap::new(),
@@ -584,21 +607,35 @@ impl Members {
         }
     }
 
-    fn add(&mut self, peer: PeerId, zone: Zone, leech: bool, now: Duration) {
+    fn add(&mut self, newcomer: Newcomer, now: Duration) {
+        let Newcomer { peer, zone, leech, fills } = newcomer;
         if self.peers.contains_key(&peer) {
+            self.set_fills(peer, fills);
             return;
         }
         let count = self.geometry.chunk_count();
         let have = ChunkSet::new(count);
         self.complete += usize::from(have.is_full());
-        let member = Member { zone, have, neighbours: BTreeSet::new(), open_bytes: 0, heard: now, leech };
+        let member = Member { zone, have, neighbours: BTreeSet::new(), open_bytes: 0, heard: now, leech, fills: false };
         self.peers.insert(peer, member);
         self.list.push(peer);
-        let new = || InZone { turn: VecDeque::new(), entered: ChunkSet::new(count) };
+        let new = || InZone { turn: VecDeque::new(), filling: 0, entered: ChunkSet::new(count) };
         self.zones.entry(zone).or_insert_with(new).turn.push_back(peer);
+        self.set_fills(peer, fills);
+    }
+
+    /// Gives whether that is new.
+    fn set_fills(&mut self, peer: PeerId, fills: bool) -> bool {
+        let Some(member) = self.peers.get_mut(&peer).filter(|member| member.fills != fills) else { return false };
+        member.fills = fills;
+        if let Some(zone) = self.zones.get_mut(&member.zone) {
+            zone.filling = if fills { zone.filling + 1 } else { zone.filling - 1 };
+        }
+        true
     }
 
     fn remove(&mut self, peer: PeerId) {
+        self.set_fills(peer, false);
         let Some(member) = self.peers.remove(&peer) else { return };
         self.complete -= usize::from(member.have.is_full());
         self.list.retain(|id| *id != peer);
@@ -637,13 +674,17 @@ impl Members {
 
     /// The next member of a zone that may take a run.
     fn next_taker(&mut self, zone: Zone, chunk: u32, bytes: u64, limit: u64) -> Option<PeerId> {
-        let turn = &mut self.zones.get_mut(&zone)?.turn;
-        let all_leech = turn.iter().all(|peer| self.peers.get(peer).is_some_and(|member| member.leech));
+        let turn = &mut self.zones.get_mut(&zone).filter(|zone| zone.filling > 0)?.turn;
+        let gives = |peer: &PeerId| self.peers.get(peer).is_some_and(|member| member.fills && !member.leech);
+        let all_leech = !turn.iter().any(gives);
         for _ in 0..turn.len() {
             let peer = turn.pop_front()?;
             turn.push_back(peer);
             let fits = |member: &Member| {
-                member.open_bytes + bytes <= limit && !member.have.contains(chunk) && (all_leech || !member.leech)
+                member.fills
+                    && member.open_bytes + bytes <= limit
+                    && !member.have.contains(chunk)
+                    && (all_leech || !member.leech)
             };
             if self.peers.get(&peer).is_some_and(fits) {
                 return Some(peer);
@@ -663,8 +704,15 @@ impl Members {
     /// What was given to a node that is gone, or assigned and not fetched: somebody else is to have it, unless somebody does.
     fn take_back(&mut self, run: Range<u32>, from: PeerId) {
         for chunk in run {
-            let is_last = self.given.get(chunk as usize).is_some_and(|given| given.to == from && from != NOBODY);
-            if is_last && !self.peers.values().any(|member| member.have.contains(chunk)) {
+            let Some(given) = self.given.get_mut(chunk as usize).filter(|given| given.to == from && from != NOBODY)
+            else {
+                continue;
+            };
+            if !self.peers.values().any(|member| member.have.contains(chunk)) {
+                // What never left this machine keeps nobody waiting.
+                if !given.sent {
+                    *given = NOT_GIVEN;
+                }
                 self.unspread.insert(chunk);
             }
         }
@@ -721,13 +769,26 @@ mod tests {
         let mut tracker = Tracker::new(TrackerConfig::default(), 3);
         for peer in 1..=peers {
             let zone = Zone(peer as u32 % zones);
-            tracker.join(Duration::ZERO, LAYER, geometry(), PeerId(peer), zone, &[], false);
+            tracker.join(Duration::ZERO, LAYER, geometry(), Newcomer { zone, ..newcomer(peer) }, &[]);
         }
         tracker
     }
 
+    fn newcomer(peer: u64) -> Newcomer {
+        Newcomer { peer: PeerId(peer), zone: Zone(0), leech: false, fills: true }
+    }
+
     fn geometry() -> Geometry {
         Geometry::new(64 << 17, 17).unwrap()
+    }
+
+    /// Who is assigned something.
+    fn takers(tracker: &mut Tracker) -> Vec<PeerId> {
+        let takers = std::iter::from_fn(|| tracker.poll_action()).filter_map(|action| match action {
+            TrackerAction::Assign { to, .. } => Some(to),
+            TrackerAction::Introduce { .. } | TrackerAction::Expel { .. } => None,
+        });
+        takers.collect()
     }
 
     /// Assignments, each fetched at once.
@@ -814,7 +875,7 @@ mod tests {
         let big = Geometry::new(4096 << 17, 17).unwrap();
         let layer = LayerKey(2);
         for peer in 1..=400 {
-            tracker.join(Duration::ZERO, layer, big, PeerId(peer), Zone(0), &[], false);
+            tracker.join(Duration::ZERO, layer, big, newcomer(peer), &[]);
         }
         tracker.ingested(Duration::ZERO, layer, 0..4096);
         let ask = |tracker: &mut Tracker, peer: u32| {
@@ -846,6 +907,39 @@ mod tests {
     }
 
     #[test]
+    fn assigns_only_to_who_fills() {
+        let mut tracker = Tracker::new(TrackerConfig::default(), 3);
+        for peer in 1..=8 {
+            tracker.join(Duration::ZERO, LAYER, geometry(), Newcomer { fills: peer == 3, ..newcomer(peer) }, &[]);
+        }
+        tracker.ingested(Duration::ZERO, LAYER, 0..64);
+        let assigned = takers(&mut tracker);
+        assert!(!assigned.is_empty() && assigned.iter().all(|to| *to == PeerId(3)), "{assigned:?}");
+        tracker.fills(Duration::ZERO, LAYER, PeerId(3), false);
+        for second in 1..9 {
+            tracker.handle_timeout(Duration::from_secs(second));
+            assert_eq!(takers(&mut tracker), []);
+        }
+        // It begins to fill: it is assigned what it is to have at once.
+        tracker.fills(Duration::from_secs(9), LAYER, PeerId(5), true);
+        let assigned = takers(&mut tracker);
+        assert!(!assigned.is_empty() && assigned.iter().all(|to| *to == PeerId(5)), "{assigned:?}");
+    }
+
+    #[test]
+    fn what_was_assigned_in_vain_keeps_no_reader_waiting() {
+        let mut tracker = tracker(8, 1);
+        tracker.ingested(Duration::ZERO, LAYER, 0..64);
+        takers(&mut tracker);
+        for peer in 1..=8 {
+            tracker.fills(Duration::ZERO, LAYER, PeerId(peer), false);
+        }
+        tracker.handle_timeout(Duration::from_millis(2250));
+        let answer = tracker.request(Duration::from_millis(2300), LAYER, PeerId(1), 0..4, Priority::Demand);
+        assert_eq!(answer, Answer::Serve);
+    }
+
+    #[test]
     fn introduces_both_ways_and_not_too_many() {
         let mut tracker = tracker(300, 1);
         let mut neighbours: BTreeMap<PeerId, BTreeSet<PeerId>> = BTreeMap::new();
@@ -866,7 +960,7 @@ mod tests {
             let mut tracker = Tracker::new(TrackerConfig::default(), 3);
             for peer in 1..=300 {
                 let have = if peer == at { 0..60 } else { 0..64 };
-                tracker.join(Duration::ZERO, LAYER, geometry(), PeerId(peer), Zone(0), &[have], false);
+                tracker.join(Duration::ZERO, LAYER, geometry(), newcomer(peer), &[have]);
             }
             let mut met = BTreeSet::new();
             while let Some(action) = tracker.poll_action() {
@@ -896,7 +990,7 @@ mod tests {
         let mut tracker = Tracker::new(TrackerConfig::default(), 3);
         for peer in 1..=4 {
             let has = 0..16 * peer as u32;
-            tracker.join(Duration::ZERO, LAYER, geometry(), PeerId(peer), Zone(0), &[has], false);
+            tracker.join(Duration::ZERO, LAYER, geometry(), newcomer(peer), &[has]);
         }
         tracker.ingested(Duration::ZERO, LAYER, 0..64);
         assert!(fetch_all(&mut tracker, Duration::ZERO).is_empty(), "somebody has each chunk");

@@ -78,6 +78,17 @@ fn what_is_assigned_is_fetched_by_who_wants_it() {
     assert!(asked.iter().any(|(_, source, run)| *source == SEEDER && *run == (8..10)), "{asked:?}");
 }
 
+/// The seeder may be ahead of what a node wants next: whoever waited for that would keep the chunk from all.
+#[test]
+fn who_fills_takes_what_it_would_want_only_later() {
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..16, Priority::Background, Duration::MAX);
+    assert!(swarm.fills(LAYER) && fetches(&mut swarm, ms(0)).is_empty());
+    swarm.assign(ms(0), LAYER, 40..42, SEEDER);
+    let asked: Vec<_> = fetches(&mut swarm, ms(0)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(SEEDER, 40..42)]);
+}
+
 #[test]
 fn demand_asks_the_near_then_the_far_then_the_seeder() {
     let mut swarm = core(Config::default());
@@ -185,22 +196,117 @@ fn a_late_neighbour_is_no_reason_to_ask_the_registry() {
     let mut asked = BTreeSet::new();
     for now in (0..1000).step_by(10).map(ms) {
         swarm.handle_timeout(now);
-        swarm.on_alive(SEEDER);
+        swarm.on_alive(now, SEEDER);
         asked.extend(fetches(&mut swarm, now).into_iter().map(|(_, source, _)| source));
     }
     assert_eq!(asked, BTreeSet::from([late, SEEDER]));
 }
 
+/// A reader waits for one chunk that only the seeder has, which gives a chunk after each `pace`, and signs of life where it `answers`
+/// or `moves` bytes. Gives when the registry was asked, if it was.
+fn registry_asked_beside(pace: Option<u64>, answers: bool, moves: bool) -> Option<Duration> {
+    let mut swarm = core(Config::default());
+    let mut pending: Option<(FetchId, u32, Duration)> = None;
+    let mut next = 0;
+    for now in (0..20_000).step_by(10).map(ms) {
+        if pending.is_none() {
+            swarm.want(now, LAYER, next..next + 1, Priority::Demand, now + ms(20_000));
+        }
+        if let Some((fetch, chunk, since)) = pending {
+            if moves && now.as_millis() % 100 == 0 {
+                swarm.on_moved(now, fetch);
+            }
+            if pace.is_some_and(|pace| since + ms(pace) <= now) {
+                swarm.on_chunk(now, fetch, chunk, Verdict::Verified);
+                swarm.on_end(now, fetch, Outcome::Done);
+                (pending, next) = (None, (next + 1) % CHUNKS);
+            }
+        }
+        swarm.handle_timeout(now);
+        for (fetch, source, run) in fetches(&mut swarm, now) {
+            if source == REGISTRY {
+                return Some(now);
+            }
+            pending = Some((fetch, run.start, now));
+        }
+        while let Some(message) = swarm.poll_message() {
+            if answers && matches!(message, Message::Ask { .. }) {
+                swarm.on_alive(now, SEEDER);
+            }
+        }
+    }
+    None
+}
+
 #[test]
-fn a_silent_seeder_is_given_up_within_a_second() {
+fn a_seeder_without_a_sign_of_life_is_given_up_soon() {
+    for pace in [None, Some(700)] {
+        let at = registry_asked_beside(pace, false, false);
+        assert!(at.is_some_and(|at| at >= ms(350) && at <= ms(500)), "{at:?}");
+    }
+}
+
+#[test]
+fn a_slow_seeder_that_lives_is_not_gone() {
+    assert_eq!(registry_asked_beside(Some(600), true, false), None);
+    assert_eq!(registry_asked_beside(Some(3_000), true, true), None);
+    // One of an earlier version answers nothing.
+    assert_eq!(registry_asked_beside(Some(3_000), false, true), None);
+}
+
+/// It says that it lives, but gives nothing, or a byte now and then.
+#[test]
+fn a_seeder_that_only_talks_keeps_no_reader_waiting() {
+    for pace in [None, Some(3_000)] {
+        let at = registry_asked_beside(pace, true, false);
+        assert!(at.is_some_and(|at| at > ms(700) && at < ms(1_000)), "{at:?}");
+    }
+}
+
+#[test]
+fn a_seeder_that_is_back_is_asked_again() {
     let mut swarm = core(Config::default());
     swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
-    let is_given_up = |now: &Duration| {
-        swarm.handle_timeout(*now);
-        fetches(&mut swarm, *now).iter().any(|(_, source, _)| *source == REGISTRY)
-    };
-    let at = (0..2000).step_by(10).map(ms).find(is_given_up).unwrap();
-    assert!(at > ms(500) && at < ms(1000), "{at:?}");
+    for now in (0..1_000).step_by(10).map(ms) {
+        swarm.handle_timeout(now);
+        fetches(&mut swarm, now);
+    }
+    swarm.on_alive(ms(1_000), SEEDER);
+    swarm.want(ms(1_000), LAYER, 40..41, Priority::Demand, ms(20_000));
+    let asked: Vec<_> = fetches(&mut swarm, ms(1_000)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(SEEDER, 40..41)]);
+}
+
+/// What the seeders were told last.
+fn told_to_fill(swarm: &mut Swarm, now: Duration) -> Option<bool> {
+    swarm.handle_timeout(now);
+    fetches(swarm, now);
+    let told = std::iter::from_fn(|| swarm.poll_message()).filter_map(|message| match message {
+        Message::Report { fills, .. } => Some(fills),
+        _ => None,
+    });
+    told.last()
+}
+
+#[test]
+fn seeders_hear_whether_assignments_are_fetched() {
+    let mut swarm = core(Config::default());
+    assert!(!swarm.fills(LAYER));
+    swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+    assert_eq!(told_to_fill(&mut swarm, ms(0)), None, "it only reads");
+    swarm.on_here(LAYER, 0);
+    swarm.want(ms(10), LAYER, 1..CHUNKS, Priority::Background, Duration::MAX);
+    assert_eq!(told_to_fill(&mut swarm, ms(10)), None, "its container may read on");
+    // It is quiet: within a beat.
+    let told: Vec<bool> = (20..2_700).step_by(10).filter_map(|now| told_to_fill(&mut swarm, ms(now))).collect();
+    assert_eq!(told.last(), Some(&true), "{told:?}");
+    assert!(swarm.fills(LAYER));
+    // Nothing is wanted any more: some beats later.
+    swarm.cancel_want(LAYER, 0..CHUNKS, Priority::Background);
+    let told: Vec<bool> = (2_700..5_000).step_by(10).filter_map(|now| told_to_fill(&mut swarm, ms(now))).collect();
+    assert_eq!(told, [false]);
+    swarm.want(ms(5_000), LAYER, 1..CHUNKS, Priority::Background, Duration::MAX);
+    assert_eq!(told_to_fill(&mut swarm, ms(5_000)), Some(true), "at once");
 }
 
 #[test]

@@ -132,7 +132,7 @@ struct Member {
 impl Member {
     async fn hold_line(self, joined: std::sync::mpsc::Sender<()>) -> Result<()> {
         let hello = api::Hello { address: self.me.to_string(), ..api::Hello::default() };
-        let haves = api::Haves { blob: self.blob.as_bytes().to_vec(), runs: vec![0, self.count] };
+        let haves = api::Haves { blob: self.blob.as_bytes().to_vec(), runs: vec![0, self.count], fills: None };
         let mut client = TrackerClient::new(peer::channel(self.seeder, &self.security)?);
         let says = [to_seeder::Message::Hello(hello.clone()), to_seeder::Message::Join(haves.clone())];
         let says = says.map(|message| api::ToSeeder { message: Some(message) });

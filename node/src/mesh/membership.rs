@@ -176,7 +176,7 @@ impl Membership {
                 self.me.get_or_insert(me);
                 self.seeders.insert(seeder.clone(), outlet);
                 for member in self.members.values_mut() {
-                    swarm.on_alive(member.seeder);
+                    swarm.on_alive(now, member.seeder);
                     member.unknown.remove(&seeder);
                     member.join_at = None;
                     if member.joined.as_ref() == Some(&seeder) {
@@ -281,11 +281,16 @@ impl Membership {
                         neighbour.tell(message.clone());
                     }
                 }
-                Message::Report { layer, runs } => {
+                Message::Report { layer, runs, fills } => {
                     let Some(member) = self.members.get(&layer) else { continue };
                     let (blob, joined) = (member.blob, member.joined.clone());
                     if let Some(seeder) = joined {
-                        self.tell_seeder(&seeder, to_seeder::Message::Report(haves(blob, runs)));
+                        self.tell_seeder(&seeder, to_seeder::Message::Report(haves(blob, runs, Some(fills))));
+                    }
+                }
+                Message::Ask { layer } => {
+                    if let Some(seeder) = self.members.get(&layer).and_then(|member| member.joined.clone()) {
+                        self.tell_seeder(&seeder, to_seeder::Message::Ping(api::Ping {}));
                     }
                 }
                 Message::Cut { source } => {
@@ -336,7 +341,7 @@ impl Membership {
                 let Some(member) = self.members.get(&key) else { return };
                 let run = assigned.first..assigned.end;
                 let from_seeder = member.seeder;
-                swarm.on_alive(from_seeder);
+                swarm.on_alive(now, from_seeder);
                 let from = match assigned.from {
                     None => Some(from_seeder),
                     Some(peer) => machine(Some(peer)).and_then(|(address, zone)| {
@@ -374,6 +379,12 @@ impl Membership {
                 member.join_at = None;
                 self.join(swarm, key);
             }
+            from_seeder::Message::Pong(_) => {
+                let is_joined = |member: &&Joined| member.joined.as_deref() == Some(seeder);
+                let sources: BTreeSet<SourceId> =
+                    self.members.values().filter(is_joined).map(|member| member.seeder).collect();
+                sources.into_iter().for_each(|source| swarm.on_alive(now, source));
+            }
         }
     }
 
@@ -401,7 +412,8 @@ impl Membership {
             self.tell_seeder(&former, to_seeder::Message::Leave(blob.as_bytes().to_vec()));
         }
         if let (Some(owner), Some(have)) = (owner, swarm.have(key)) {
-            self.tell_seeder(&owner, to_seeder::Message::Join(haves(blob, have.runs())));
+            let haves = haves(blob, have.runs(), Some(swarm.fills(key)));
+            self.tell_seeder(&owner, to_seeder::Message::Join(haves));
         }
     }
 
@@ -519,8 +531,8 @@ fn here(layer: &Layer) -> Vec<Range<u32>> {
     runs
 }
 
-fn haves(blob: Digest, runs: impl IntoIterator<Item = Range<u32>>) -> api::Haves {
-    api::Haves { blob: blob.as_bytes().to_vec(), runs: runs::encode(runs) }
+fn haves(blob: Digest, runs: impl IntoIterator<Item = Range<u32>>, fills: Option<bool>) -> api::Haves {
+    api::Haves { blob: blob.as_bytes().to_vec(), runs: runs::encode(runs), fills }
 }
 
 fn layer_haves(blob: Digest, runs: Vec<Range<u32>>, delegates: Vec<Delegate>) -> api::LayerHaves {
@@ -529,7 +541,7 @@ fn layer_haves(blob: Digest, runs: Vec<Range<u32>>, delegates: Vec<Delegate>) ->
         zone: delegate.zone.0,
         beat: delegate.beat,
     });
-    api::LayerHaves { haves: Some(haves(blob, runs)), delegates: delegates.collect(), coming: Vec::new() }
+    api::LayerHaves { haves: Some(haves(blob, runs, None)), delegates: delegates.collect(), coming: Vec::new() }
 }
 
 fn delegate(told: &api::Delegate) -> Delegate {

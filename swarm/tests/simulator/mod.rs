@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use layer::Geometry;
 use swarm::{
-    Action, Admission, Answer, ChunkSet, Config, Delegate, FetchId, LayerKey, Message, Outcome, PeerId, Priority,
-    SourceId, SourceKind, Swarm, Tracker, TrackerAction, TrackerConfig, UploadConfig, Uploads, Verdict, Zone,
+    Action, Admission, Answer, ChunkSet, Config, Delegate, FetchId, LayerKey, Message, Newcomer, Outcome, PeerId,
+    Priority, SourceId, SourceKind, Swarm, Tracker, TrackerAction, TrackerConfig, UploadConfig, Uploads, Verdict, Zone,
 };
 
 pub const LAYER: LayerKey = LayerKey(1);
@@ -194,7 +194,9 @@ struct Told {
 #[derive(Debug)]
 enum Tracked {
     Join(usize),
-    Report(usize, Vec<Range<u32>>),
+    Report(usize, Vec<Range<u32>>, bool),
+    Ask(usize),
+    Alive(usize),
     Accuse(usize, usize),
     Leave(usize),
     Introduce(usize, usize, Zone),
@@ -538,7 +540,8 @@ impl Simulation {
                         self.tell(Told { from: at, to: None, runs, delegates, coming });
                     }
                 }
-                Message::Report { runs, .. } => self.track(Tracked::Report(at, runs)),
+                Message::Report { runs, fills, .. } => self.track(Tracked::Report(at, runs, fills)),
+                Message::Ask { .. } => self.track(Tracked::Ask(at)),
                 Message::Cut { source } => {
                     self.nodes[at - NODES].refused.push(source.0 as usize);
                     self.track(Tracked::Accuse(at, source.0 as usize));
@@ -878,12 +881,22 @@ impl Simulation {
                 let node = &self.nodes[at - NODES];
                 let have: Vec<_> = node.core.have(LAYER).map(|have| have.runs().collect()).unwrap_or_default();
                 let zone = Zone(self.machines[at].zone as u32);
-                self.tracker.join(now, LAYER, self.geometry, peer(at), zone, &have, node.is_leech);
+                let fills = node.core.fills(LAYER);
+                let newcomer = Newcomer { peer: peer(at), zone, leech: node.is_leech, fills };
+                self.tracker.join(now, LAYER, self.geometry, newcomer, &have);
                 if self.ingested > 0 {
                     self.tracker.ingested(now, LAYER, 0..self.ingested);
                 }
             }
-            Tracked::Report(at, runs) if lives => self.tracker.report(now, LAYER, peer(at), &runs),
+            Tracked::Report(at, runs, fills) if lives => {
+                self.tracker.report(now, LAYER, peer(at), &runs);
+                self.tracker.fills(now, LAYER, peer(at), fills);
+            }
+            Tracked::Ask(at) if lives => self.track(Tracked::Alive(at)),
+            Tracked::Alive(at) if self.machines[at].alive => {
+                self.core(at).on_alive(now, SourceId(SEEDER as u64));
+                self.drive(at);
+            }
             Tracked::Accuse(by, whom) if lives => self.tracker.accuse(now, peer(whom), peer(by)),
             Tracked::Leave(at) if lives => self.tracker.leave(now, LAYER, peer(at)),
             Tracked::Introduce(to, of, zone) => self.introduced(to, of, zone),

@@ -183,6 +183,25 @@ async fn what_one_seeder_does_not_know_is_joined_at_the_next_until_it_does() {
 }
 
 #[tokio::test]
+async fn a_seeder_that_is_late_is_asked_whether_it_lives() {
+    let mut scene = Scene::new();
+    let mut at_a = scene.seeder_up("a");
+    let key = scene.layer.key();
+    scene.swarm.want(NOW, key, 8..9, Priority::Demand, NOW + Duration::from_secs(20));
+    while scene.swarm.poll_action(NOW).is_some() {}
+    let later = NOW + Duration::from_millis(150);
+    scene.swarm.handle_timeout(later);
+    scene.membership.tell(&mut scene.swarm);
+    let said = std::iter::from_fn(|| at_a.try_recv().ok()).filter_map(|said| said.message);
+    assert_eq!(said.last(), Some(to_seeder::Message::Ping(api::Ping {})));
+    // The answer counts: the seeder is not blamed for being late.
+    scene.seeder_says("a", from_seeder::Message::Pong(api::Pong {}));
+    scene.swarm.handle_timeout(later + Duration::from_millis(400));
+    scene.swarm.want(later, key, 9..10, Priority::Demand, NOW + Duration::from_secs(20));
+    assert!(matches!(scene.swarm.poll_action(later), Some(swarm::Action::Fetch { .. })));
+}
+
+#[tokio::test]
 async fn without_a_word_of_any_seeder_it_is_tried_again() {
     let mut scene = Scene::new();
     let mut at_a = scene.seeder_up("a");
@@ -240,7 +259,7 @@ async fn only_who_calls_from_its_own_host_becomes_a_neighbour_by_calling() {
     let mut scene = Scene::new();
     let _at_a = scene.seeder_up("a");
     let (address, zone, key) = (OTHER.parse().unwrap(), Zone::named(""), scene.layer.key());
-    let haves = api::Haves { blob: scene.blob().as_bytes().to_vec(), runs: vec![0, 2] };
+    let haves = api::Haves { blob: scene.blob().as_bytes().to_vec(), runs: vec![0, 2], fills: None };
     let haves = api::LayerHaves { haves: Some(haves), delegates: Vec::new(), ..api::LayerHaves::default() };
     for (is_own, want) in [(false, 0), (true, 1)] {
         scene.event(Event::CallerUp { address, zone, call: 7, is_own });

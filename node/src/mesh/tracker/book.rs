@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use layer::{Digest, Geometry};
-use proto::drover::mesh::v1::{Assign, FromSeeder, Introduce, Peer, Welcome, from_seeder};
-use swarm::{Answer, LayerKey, PeerId, TrackerAction, TrackerConfig, Zone};
+use proto::drover::mesh::v1::{Assign, FromSeeder, Introduce, Peer, Pong, Welcome, from_seeder};
+use swarm::{Answer, LayerKey, Newcomer, PeerId, TrackerAction, TrackerConfig, Zone};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
@@ -161,7 +161,7 @@ impl Book {
         }
     }
 
-    /// The node has `runs` of a layer that is known here, or wants more neighbours.
+    /// The node has `runs` of a layer that is known here, or wants more neighbours. `fills`: it fetches what it is assigned.
     pub(super) fn join(
         &mut self,
         now: Duration,
@@ -169,6 +169,7 @@ impl Book {
         blob: Digest,
         geometry: Geometry,
         runs: &[Range<u32>],
+        fills: bool,
     ) -> Result<(), Status> {
         check(blob, geometry.chunk_count(), runs)?;
         let Some(on_line) = self.lines.get_mut(&line.peer).filter(|held| held.number == line.number) else {
@@ -196,7 +197,7 @@ impl Book {
         let tracked = self.layers.entry(key).or_insert(Tracked { blob, chunk_count, members: 0 });
         tracked.members += usize::from(is_new);
         let is_first = is_new && tracked.members == 1;
-        self.tracker.join(now, key, geometry, line.peer, zone, runs, leech);
+        self.tracker.join(now, key, geometry, Newcomer { peer: line.peer, zone, leech, fills }, runs);
         if is_first {
             self.tracker.ingested(now, key, geometry.chunks());
             self.tell_known(now, blob);
@@ -205,17 +206,21 @@ impl Book {
         Ok(())
     }
 
-    /// What came to the node since its last report.
+    /// What came to the node since its last report, and whether it fetches what it is assigned, where it says so.
     pub(super) fn report(
         &mut self,
         now: Duration,
         line: LineId,
         blob: Digest,
         runs: &[Range<u32>],
+        fills: Option<bool>,
     ) -> Result<(), Status> {
         if let Some(key) = self.membership(line, blob) {
             check(blob, self.layers.get(&key).map_or(0, |tracked| tracked.chunk_count), runs)?;
             self.tracker.report(now, key, line.peer, runs);
+            if let Some(fills) = fills {
+                self.tracker.fills(now, key, line.peer, fills);
+            }
             self.settle(now);
         }
         Ok(())
@@ -242,6 +247,14 @@ impl Book {
         let by = PeerId::at(SocketAddr::new(accuser.hello.from, 0));
         self.tracker.accuse(now, peer, by);
         self.settle(now);
+    }
+
+    /// The node wants to know whether this seeder lives.
+    pub(super) fn ping(&mut self, now: Duration, line: LineId) {
+        if self.line(line).is_some() {
+            self.tell(now, line.peer, from_seeder::Message::Pong(Pong {}));
+            self.settle(now);
+        }
     }
 
     /// The layer that the node named is not known here.
@@ -507,7 +520,7 @@ mod tests {
     fn three_machines_expel_a_node_and_one_with_many_lines_does_not() {
         let mut book = Book::new(1);
         let mut bad = enter(&mut book, 9, 7071).unwrap();
-        book.join(NOW, bad.line, blob(1), geometry(), &[]).unwrap();
+        book.join(NOW, bad.line, blob(1), geometry(), &[], true).unwrap();
         let address = SocketAddr::from(([10, 0, 0, 9], 7071));
         for port in 1..10 {
             let slanderer = enter(&mut book, 1, port).unwrap();
@@ -535,15 +548,15 @@ mod tests {
         let (mut early, mut late) = (enter(&mut book, 1, 1).unwrap(), enter(&mut book, 2, 1).unwrap());
         book.unknown(NOW, early.line, blob(1));
         assert!(told(&mut early).contains(&unknown(blob(1))));
-        book.join(NOW, late.line, blob(2), geometry(), &[]).unwrap();
+        book.join(NOW, late.line, blob(2), geometry(), &[], true).unwrap();
         assert_eq!(told(&mut early), []);
-        book.join(NOW, late.line, blob(1), geometry(), &[]).unwrap();
+        book.join(NOW, late.line, blob(1), geometry(), &[], true).unwrap();
         let known = from_seeder::Message::Known(blob(1).as_bytes().to_vec());
         assert_eq!(told(&mut early), std::slice::from_ref(&known));
         // Evicted, and known again.
         book.forget(NOW, blob(1));
         assert!(told(&mut late).contains(&unknown(blob(1))));
-        book.join(NOW, early.line, blob(1), geometry(), &[]).unwrap();
+        book.join(NOW, early.line, blob(1), geometry(), &[], true).unwrap();
         assert!(told(&mut late).contains(&known) && !told(&mut early).contains(&known));
     }
 
@@ -554,7 +567,7 @@ mod tests {
         let mut good = enter(&mut book, 2, 1).unwrap();
         for number in 0..LAYERS_PER_LINE_MAX as u32 {
             for line in [deaf.line, good.line] {
-                book.join(NOW, line, blob(number), geometry(), &[]).unwrap();
+                book.join(NOW, line, blob(number), geometry(), &[], true).unwrap();
             }
             told(&mut good);
         }
@@ -565,7 +578,7 @@ mod tests {
         book.hang_up(NOW, deaf.line);
         assert_eq!((book.lines(), book.members().count()), (1, LAYERS_PER_LINE_MAX));
 
-        book.join(NOW, good.line, blob(u32::MAX), geometry(), &[]).unwrap();
+        book.join(NOW, good.line, blob(u32::MAX), geometry(), &[], true).unwrap();
         assert_eq!(told(&mut good), [unknown(blob(u32::MAX))], "one layer more than a line may have");
         book.hang_up(NOW, good.line);
         assert!(book.keys.is_empty() && book.layers.is_empty());
@@ -575,7 +588,7 @@ mod tests {
     fn a_member_asks_from_where_its_line_comes_from() {
         let mut book = Book::new(1);
         let entered = enter(&mut book, 1, 7071).unwrap();
-        book.join(NOW, entered.line, blob(1), geometry(), &[]).unwrap();
+        book.join(NOW, entered.line, blob(1), geometry(), &[], true).unwrap();
         let asker = |host: u8| Asker {
             ip: Some(IpAddr::from([10, 0, 0, host])),
             peer: Some(SocketAddr::from(([10, 0, 0, 1], 7071))),

@@ -130,14 +130,16 @@ pub(super) fn hear(
         to_seeder::Message::Join(haves) => {
             let (blob, runs) = parse(&haves)?;
             match geometry {
-                Some(geometry) => book.join(now, line, blob, geometry, &runs)?,
+                // An older node does not say; it fetches what it wants of what it is assigned.
+                Some(geometry) => book.join(now, line, blob, geometry, &runs, haves.fills.unwrap_or(true))?,
                 None => book.unknown(now, line, blob),
             }
         }
         to_seeder::Message::Report(haves) => {
             let (blob, runs) = parse(&haves)?;
-            book.report(now, line, blob, &runs)?;
+            book.report(now, line, blob, &runs, haves.fills)?;
         }
+        to_seeder::Message::Ping(_) => book.ping(now, line),
         to_seeder::Message::Leave(blob) => book.leave(now, line, parse_blob(&blob)?),
         to_seeder::Message::Accuse(address) => {
             let address = address.parse().map_err(|_| Status::invalid_argument("an accused has an address"))?;

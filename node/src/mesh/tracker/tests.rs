@@ -8,7 +8,9 @@ use bytes::Bytes;
 use layer::Digest;
 use layer::index::{Section, check_section};
 use proto::drover::mesh::v1::tracker_client::TrackerClient;
-use proto::drover::mesh::v1::{Assign, FromSeeder, Haves, Hello, Introduce, ToSeeder, from_seeder, to_seeder};
+use proto::drover::mesh::v1::{
+    Assign, FromSeeder, Haves, Hello, Introduce, Ping, Pong, ToSeeder, from_seeder, to_seeder,
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -160,7 +162,7 @@ impl Line {
 }
 
 fn haves(blob: Digest, runs: &[u32]) -> Haves {
-    Haves { blob: blob.as_bytes().to_vec(), runs: runs.to_vec() }
+    Haves { blob: blob.as_bytes().to_vec(), runs: runs.to_vec(), fills: None }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,6 +188,21 @@ async fn nodes_are_introduced_and_first_copies_assigned() {
     seeder.until("the line ends", |tracker| tracker.members() == [(blob.digest, 1)]).await;
     other.say(to_seeder::Message::Leave(blob.digest.as_bytes().to_vec())).await;
     seeder.until("nobody is left", |tracker| tracker.members().is_empty() && tracker.lines() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn first_copies_go_to_who_says_that_it_fills() {
+    use to_seeder::Message::{Join, Report};
+
+    let seeder = Seeder::start().await;
+    let (blob, _) = seeder.layer(1).await;
+    let mut line = seeder.line(4001).await;
+    let says = |fills| Haves { fills: Some(fills), ..haves(blob.digest, &[]) };
+    line.say(Join(says(false))).await;
+    line.say(to_seeder::Message::Ping(Ping {})).await;
+    assert_eq!(line.next().await, from_seeder::Message::Pong(Pong {}), "nothing is assigned");
+    line.say(Report(says(true))).await;
+    assert!(matches!(line.next().await, from_seeder::Message::Assign(_)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -349,7 +366,7 @@ async fn garbage_ends_a_line_and_nothing_else() {
         Join(haves(blob.digest, &[3])),
         Join(haves(blob.digest, &[3, 3])),
         Join(haves(blob.digest, &[0, count + 1])),
-        Join(Haves { blob: vec![1; 31], runs: Vec::new() }),
+        Join(Haves { blob: vec![1; 31], runs: Vec::new(), fills: None }),
         Report(haves(blob.digest, &[5, 6, 0, 1])),
         Leave(vec![0; 33]),
         Accuse("nobody".to_owned()),
