@@ -51,6 +51,7 @@ pub struct Containerd {
     socket: PathBuf,
     hosts: PathBuf,
     root: PathBuf,
+    config: PathBuf,
     control_group: String,
     tools: Tools,
 }
@@ -101,25 +102,23 @@ impl Containerd {
         let config = folder.join("config.toml");
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
 
-        let mut command = network.command(place, tools.containerd.join("containerd"));
-        command.arg("--config").arg(&config);
-        with_path(&mut command, tools);
-        let mut daemon = Daemon::start("containerd", &mut command, &folder.join("log"))?;
-        let this = |command: &str| {
-            let mut ctr = network.command(place, tools.containerd.join("ctr"));
-            ctr.arg("--address").arg(socket).arg(command);
-            ctr
-        };
-        daemon.wait_until("answers", Duration::from_secs(60), || run(&mut this("version")).is_ok())?;
+        let daemon = serve(tools, network, place, &config, socket)?;
         Ok(Self {
             daemon,
             place,
             socket: socket.to_owned(),
             hosts,
             root: folder.join("root"),
+            config,
             control_group: setup.control_group.to_owned(),
             tools: tools.clone(),
         })
+    }
+
+    /// Starts it again with the same configuration, after it was stopped or killed.
+    pub fn restart(&mut self, network: &Network) -> Result<()> {
+        self.daemon = serve(&self.tools, network, self.place, &self.config, &self.socket)?;
+        Ok(())
     }
 
     /// The process.
@@ -206,6 +205,21 @@ impl Containerd {
     ) -> Result<String> {
         run(&mut self.container(network, snapshotter, reference, id, program))
     }
+}
+
+/// Starts containerd and waits until it answers.
+fn serve(tools: &Tools, network: &Network, place: Place, config: &Path, socket: &Path) -> Result<Daemon> {
+    let mut command = network.command(place, tools.containerd.join("containerd"));
+    command.arg("--config").arg(config);
+    with_path(&mut command, tools);
+    let mut daemon = Daemon::start("containerd", &mut command, &config.with_file_name("log"))?;
+    let version = || {
+        let mut ctr = network.command(place, tools.containerd.join("ctr"));
+        ctr.arg("--address").arg(socket).arg("version");
+        ctr
+    };
+    daemon.wait_until("answers", Duration::from_secs(60), || run(&mut version()).is_ok())?;
+    Ok(daemon)
 }
 
 /// Puts containerd's and runc's folders in front of a program's `PATH`.

@@ -9,10 +9,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use proto::drover::node::v1::node_client::NodeClient;
 use proto::drover::node::v1::{Layer, LayerState, StatusRequest, StatusResponse};
+use snapshotter::keeper;
 use tonic::transport::Endpoint;
 
 use crate::network::{Network, Place};
-use crate::process::{Daemon, run};
+use crate::process::{Daemon, run, wait_for};
 use crate::tools::Tools;
 
 /// Set to a filter for the snapshotters' logs, as their key `log`.
@@ -199,6 +200,18 @@ impl Snapshotter {
         let folder = self.config.parent().context("the configuration has no folder")?.to_owned();
         self.daemon = Self::serve(network, self.place, &self.program, &self.config, &folder)?;
         self.wait_until_ready()
+    }
+
+    /// Keeper and daemon, when the daemon serves and `accepts` says yes to them. Waits for that a minute at most.
+    pub fn pair(&self, mut accepts: impl FnMut(&keeper::Status) -> bool) -> Result<keeper::Status> {
+        let runtime = self.socket.parent().context("the socket has no folder")?;
+        let mut pair = None;
+        wait_for("keeper and daemon are well", START_DEADLINE, || {
+            pair = keeper::status(runtime).ok().filter(|status| status.ready && accepts(status));
+            pair.is_some()
+        })
+        .with_context(|| format!("{:?}\n{}", keeper::status(runtime), self.daemon.log_tail()))?;
+        pair.context("no pair")
     }
 
     /// Its status, asked as `drover-snapshotter status` does.

@@ -165,12 +165,17 @@ impl Image {
 
     /// Links the layers' blobs into the image that is made in `folder`, to be assembled there with others.
     pub fn link_layers(&self, folder: &Path) -> Result<Vec<Layer>> {
+        self.link_layers_above(folder, 0)
+    }
+
+    /// The same without the `lowest`, which are there already.
+    pub fn link_layers_above(&self, folder: &Path, lowest: usize) -> Result<Vec<Layer>> {
         let config =
             fs::read(&self.config.path).with_context(|| format!("cannot read {}", self.config.path.display()))?;
         let config: Value = serde_json::from_slice(&config).context("the image's configuration is not JSON")?;
         fs::create_dir_all(blob_folder(folder))?;
         let diff_ids = config["rootfs"]["diff_ids"].as_array().into_iter().flatten();
-        let linked = self.layers.iter().zip(diff_ids).map(|(blob, diff_id)| {
+        let linked = self.layers.iter().zip(diff_ids).skip(lowest).map(|(blob, diff_id)| {
             let path = blob_folder(folder).join(blob.digest.trim_start_matches("sha256:"));
             fs::hard_link(&blob.path, &path).with_context(|| format!("cannot link {}", path.display()))?;
             let diff_id = diff_id.as_str().unwrap_or_default().to_owned();

@@ -10,7 +10,7 @@
 //!   same moment.
 //! - [`rivals`]: other lazy snapshotters, for the benchmarks. [`report`]: tables of medians.
 //! - [`compare`]: two file trees, attribute by attribute. [`pattern`]: computed device content for the FUSE tests.
-//! - [`disk`]: a small disk that can be filled.
+//! - [`reader`]: processes that compare every byte. [`disk`]: a small disk that can be filled.
 
 pub mod client;
 pub mod compare;
@@ -23,6 +23,7 @@ pub mod measure;
 pub mod network;
 pub mod pattern;
 pub mod process;
+pub mod reader;
 pub mod registry;
 pub mod report;
 pub mod rivals;

@@ -241,6 +241,14 @@ impl Node {
         self.containerd.as_ref().expect("every node has a containerd")
     }
 
+    /// Its containerd, to stop or start it.
+    ///
+    /// # Panics
+    /// Never: a node without containerd is not given out.
+    pub fn containerd_mut(&mut self) -> &mut Containerd {
+        self.containerd.as_mut().expect("every node has a containerd")
+    }
+
     /// The host that it is.
     pub const fn place(&self) -> Place {
         self.host.place()
@@ -279,6 +287,33 @@ impl Node {
     pub fn unmount_image(&self, network: &Network, snapshotter: &str, target: &Path) -> Result<()> {
         let mut command = self.containerd().ctr(network, &["image", "unmount", "--rm", "--snapshotter", snapshotter]);
         process::run(command.arg(target))?;
+        Ok(())
+    }
+
+    /// What a power cut does to it: containers, containerd and snapshotter die at once, and what they had mounted is gone. Then
+    /// `meanwhile` is called, and both are started again. What had not reached the disk is not lost.
+    pub fn reboot(&mut self, network: &Network, meanwhile: impl FnOnce(&Self) -> Result<()>) -> Result<()> {
+        if let Some(snapshotter) = &mut self.snapshotter {
+            snapshotter.daemon_mut().kill();
+        }
+        kill_shims(&self.containerd_socket);
+        if let Some(containerd) = &mut self.containerd {
+            containerd.daemon_mut().kill();
+        }
+        unmount_below(&self.folder)?;
+        if let Some(snapshotter) = &self.snapshotter {
+            unmount_below(snapshotter.root())?;
+            // By this the next daemon sees that the machine was started since.
+            let running = snapshotter.root().join("running");
+            fs::write(&running, "another-boot").with_context(|| format!("cannot write {}", running.display()))?;
+        }
+        meanwhile(self)?;
+        if let Some(snapshotter) = &mut self.snapshotter {
+            snapshotter.restart(network)?;
+        }
+        if let Some(containerd) = &mut self.containerd {
+            containerd.restart(network)?;
+        }
         Ok(())
     }
 

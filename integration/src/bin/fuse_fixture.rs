@@ -9,7 +9,7 @@ use std::{
     path::PathBuf,
     sync::{Arc, Mutex},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -89,7 +89,12 @@ struct Outcome {
     max: u128,
     /// Milliseconds of the reads that took 10 or more.
     stalls: Vec<u128>,
+    /// When those began, in milliseconds since 1970, and how many they took.
+    slow: Vec<(u64, u64)>,
 }
+
+/// Reads that took this long or more are told one by one.
+const SLOW: Duration = Duration::from_millis(10);
 
 fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
@@ -254,7 +259,8 @@ impl Read {
         let at =
             |share: f64| times.get(((times.len().max(1) - 1) as f64 * share) as usize).map_or(0, Duration::as_micros);
         (outcome.p50, outcome.p99, outcome.max) = (at(0.5), at(0.99), at(1.0));
-        outcome.stalls = times.iter().filter(|time| time.as_millis() >= 10).map(Duration::as_millis).collect();
+        outcome.stalls = times.iter().filter(|time| **time >= SLOW).map(Duration::as_millis).collect();
+        outcome.slow.sort_unstable();
         say(&serde_json::to_string(&outcome)?)
     }
 
@@ -269,13 +275,18 @@ impl Read {
         let buffer = &mut memory[start..start + self.length];
         let began = Instant::now();
         let result = file.read_exact_at(buffer, offset);
-        times.push(began.elapsed());
+        let took = began.elapsed();
+        times.push(took);
         if self.forget {
             let _ = rustix::fs::fadvise(file, offset, std::num::NonZeroU64::new(length), rustix::fs::Advice::DontNeed);
         }
         let difference = pattern::first_difference(self.number, self.base + offset, buffer);
         let mut outcome = outcome.lock().unwrap();
         outcome.reads += 1;
+        if took >= SLOW {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            outcome.slow.push((now.saturating_sub(took).as_millis() as u64, took.as_millis() as u64));
+        }
         match result {
             Ok(()) => {
                 outcome.bytes += length;

@@ -16,7 +16,6 @@ use lab::process::{run, wait_for};
 use lab::sandbox::{Run, run_test};
 use lab::scene::Scene;
 use lab::tools::Tools;
-use snapshotter::keeper;
 
 /// Keeps layers as they were read.
 const NO_FILL: &str = "[fill]\nenabled = false\n";
@@ -172,21 +171,14 @@ fn a_container_reads_on_while_daemon_and_keeper_are_killed() {
         let mut printed = BufReader::new(container.stdout.take().context("no output")?);
         let mut first_line = String::new();
         printed.read_line(&mut first_line)?;
-        let runtime = node.snapshotter()?.socket().parent().context("the socket has no folder")?.to_owned();
         // Not for as long as the container runs: killed faster than a daemon can fetch a chunk, none would make progress.
         for kills in 0..KILLS {
-            let mut pair = None;
-            wait_for("keeper and daemon are there", Duration::from_secs(60), || {
-                pair = keeper::status(&runtime).ok().filter(|status| status.ready);
-                pair.is_some()
-            })?;
-            let pair = pair.context("no pair")?;
+            let pair = node.snapshotter()?.pair(|_| true)?;
             let victim = if kills % 2 == 0 { pair.daemon.context("no daemon")? } else { pair.keeper };
             let victim = i32::try_from(victim)?;
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(victim), nix::sys::signal::Signal::SIGKILL)?;
             // The dead one may still answer for a moment: the next victim is of the next pair.
-            let changed = || keeper::status(&runtime).is_ok_and(|now| now != pair && now.ready);
-            wait_for("the survivor starts the other", Duration::from_secs(60), changed)?;
+            node.snapshotter()?.pair(|now| *now != pair)?;
         }
         let mut ended = None;
         wait_for("the container ends", Duration::from_secs(180), || {

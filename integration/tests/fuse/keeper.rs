@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lab::reader::Reader;
 use layer::{
     entry::{Entry, Kind, Mtime},
     erofs::{ImageOptions, Stack, write_image},
@@ -30,7 +31,7 @@ use snapshotter::{
     keeper::{Status, status},
 };
 
-use super::reader::{Reader, can_mount, eventually};
+use super::conditions::{can_mount, eventually};
 
 const DEVICE_SIZE: u64 = 1 << 38;
 const FILE_SIZE: u64 = 8 << 30;
@@ -165,7 +166,7 @@ fn stop_leaves_no_mount_and_no_process() {
     let mut stalled = Reader::start(&erofs.join("directory/big"), 7, &["--count=0", "--span=8589934592"]);
     fixture.stop();
     // Its layer is lost, and it sees that as errors, not as a hang.
-    drop(stalled.child.stdin.take());
+    stalled.stop();
     assert!(!stalled.finish().failed.is_empty());
 }
 

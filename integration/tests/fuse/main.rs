@@ -3,6 +3,6 @@
 //! Who reads the mount is always another process: a process that sleeps in a read of a file system which it serves
 //! itself cannot even be killed.
 
+mod conditions;
 mod keeper;
-mod reader;
 mod session;

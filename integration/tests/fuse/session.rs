@@ -10,13 +10,14 @@ use std::{
 };
 
 use lab::pattern;
+use lab::reader::Reader;
 use nix::sys::signal::Signal;
 use snapshotter::fuse::{
     DeviceAttributes, DeviceMount, Devices, Failure, NodeId, ParkedReply, Reply, SessionHandle, SessionOptions, mount,
     session,
 };
 
-use super::reader::{Reader, can_mount, eventually, sh};
+use super::conditions::{can_mount, eventually, sh};
 
 const DEVICE_SIZE: u64 = 1 << 40;
 
@@ -86,10 +87,10 @@ fn sigkill_ends_a_waiting_reader_at_once() {
         // A handled signal first: it must neither fail the read nor hide the SIGKILL that follows.
         reader.signal(Signal::SIGUSR1);
         thread::sleep(Duration::from_millis(50));
-        assert!(reader.child.try_wait().unwrap().is_none(), "{how}: SIGUSR1 ended the read");
+        assert!(!reader.has_ended(), "{how}: SIGUSR1 ended the read");
         let began = Instant::now();
         reader.signal(Signal::SIGKILL);
-        eventually("the reader is gone", || reader.child.try_wait().unwrap().is_some());
+        eventually("the reader is gone", || reader.has_ended());
         println!("{how}: gone {:?} after SIGKILL that followed a harmless signal", began.elapsed());
         mounted.devices.answer_parked(8);
 
@@ -98,7 +99,7 @@ fn sigkill_ends_a_waiting_reader_at_once() {
         eventually("the read is parked", || mounted.session.parked() > 0 && mounted.devices.failures_left(8) == 0);
         let began = Instant::now();
         reader.signal(Signal::SIGKILL);
-        eventually("the reader is gone", || reader.child.try_wait().unwrap().is_some());
+        eventually("the reader is gone", || reader.has_ended());
         println!("{how}: gone {:?} after SIGKILL", began.elapsed());
         mounted.devices.answer_parked(8);
     }

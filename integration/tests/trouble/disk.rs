@@ -1,7 +1,6 @@
 //! A node's disk is full: containers go on, what was committed stays, a pull says what is wrong, and all is well again once there
 //! is space.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -15,7 +14,6 @@ use lab::scene::{Node, NodeSetup, Scene};
 use lab::tools::Tools;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use snapshotter::keeper;
 
 use crate::push;
 
@@ -121,14 +119,11 @@ fn reads(client: &Client<'_>, container: &Container, expected: &str) -> Result<(
 
 /// Kills the daemon and waits until its keeper has started another one.
 fn restart_daemon(node: &Node) -> Result<()> {
-    let snapshotter = node.snapshotter()?;
-    let runtime = snapshotter.socket().parent().context("the socket has no folder")?;
-    let before = keeper::status(runtime)?;
+    let before = node.snapshotter()?.pair(|_| true)?;
     let daemon = before.daemon.context("no daemon")?;
     kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
-    let changed = || keeper::status(runtime).is_ok_and(|now| now.ready && now.daemon != before.daemon);
-    wait_for("the keeper starts another daemon", Duration::from_secs(60), changed)
-        .with_context(|| fs::read_to_string(snapshotter.daemon().log()).unwrap_or_default())
+    node.snapshotter()?.pair(|now| now.daemon != before.daemon)?;
+    Ok(())
 }
 
 fn snapshots(client: &Client<'_>) -> Result<Vec<String>> {
