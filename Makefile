@@ -4,6 +4,7 @@
 #   make demo-mesh      the demonstration on several nodes at once (NODES=..., SPEED=..., REGISTRY_SPEED=... Mbit/s)
 #   make test           everything that must pass; installs what it needs
 #   make test-mesh      of that: nodes that give each other chunks, and machines of the mesh that fail
+#   make test-faults    of that: kill -9 of every process at random moments (FAULTS=N times as often)
 #   make check          format, lints, licences, documentation
 #   make fuzz           every fuzz target for FUZZ_SECONDS
 #   make bench-single   one node, timed (RUNS=..., SPEEDS="200 1000", IMAGE=torch, RIVALS=1)
@@ -13,6 +14,7 @@
 #   make bench-swarm    a thousand nodes and more, simulated (SEED=..., ONLY="1000, 1 GiB")
 #   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
 #   make nightly        what takes too long for every change
+#   make soak           the kills of make test-faults alone, a hundred times as often
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -75,8 +77,8 @@ demo-mesh: bench-programs
 # A text as one word of the shell.
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: test test-unit test-fuse test-containerd test-mesh
-test: setup test-unit test-fuse test-containerd test-mesh
+.PHONY: test test-unit test-fuse test-containerd test-mesh test-faults
+test: setup test-unit test-fuse test-containerd test-mesh test-faults
 
 # All tests are built with the packages of the whole workspace, the daemons too: with a selection of packages some dependencies
 # would have other features, and most would be built again for each selection.
@@ -101,6 +103,12 @@ test-containerd: setup
 test-mesh: setup
 	$(CARGO) build --workspace --bins --tests
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test mesh -- --test-threads=2
+
+# Kills at moments that follow from a seed; see docs/RELIABILITY.md. Reads are timed, so no two at once.
+FAULTS ?= 1
+test-faults: setup
+	$(CARGO) build --workspace --bins --tests
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 DROVER_FAULTS=$(FAULTS) $(CARGO) test --workspace --test faults -- --test-threads=1 --nocapture
 
 .PHONY: check fmt clippy deny doc
 check: fmt clippy deny doc
@@ -155,10 +163,18 @@ bench-footprint: bench-programs
 # longer fuzzing, also with the address sanitizer where nightly Rust and cargo-fuzz are.
 NIGHTLY_FUZZ_SECONDS ?= 600
 NIGHTLY_KILLS ?= 200
-.PHONY: nightly
+# 1020 kills of the daemon under load, 544 of any process while images come and go.
+NIGHTLY_FAULTS ?= 34
+SOAK_FAULTS ?= 100
+.PHONY: nightly soak
 nightly: setup-demo setup-fuzz
 	$(CARGO) build --release -p drover-snapshotter -p drover-seeder
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --release -p integration -- --ignored --test-threads=1
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_KILLS=$(NIGHTLY_KILLS) $(CARGO) test --release -p integration --test fuse -- kills_of
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_FAULTS=$(NIGHTLY_FAULTS) $(CARGO) test --release -p integration --test faults -- --test-threads=1 --nocapture
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(NIGHTLY_FUZZ_SECONDS)
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run --address $(NIGHTLY_FUZZ_SECONDS)
+
+soak: setup
+	$(CARGO) build --release -p drover-snapshotter -p drover-seeder -p integration --bins
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 DROVER_FAULTS=$(SOAK_FAULTS) $(CARGO) test --release -p integration --test faults -- --test-threads=1 --nocapture
