@@ -65,7 +65,8 @@ pub struct Config {
     /// Most bytes of one run from a neighbour: a run occupies its link, and what others wait for stands behind it.
     pub peer_run_bytes: u64,
     /// Most bytes in flight from neighbours and seeders of layers in a mesh, by `Priority`: enough that every
-    /// neighbour's link always has something to send, little enough that who wants something urgent does not wait for it.
+    /// neighbour's link always has something to send, little enough that who wants something urgent does not wait for it, and that
+    /// few are sent away: all nodes together ask for fewer runs in the background than they have slots for ([`UploadConfig`](crate::UploadConfig)).
     pub mesh_in_flight_bytes_max: [u64; 3],
     /// A neighbour is late at the earliest after this, whatever was learned.
     pub peer_hedge_after_min: Duration,
@@ -133,7 +134,7 @@ impl Default for Config {
             readahead_expiry: Duration::from_secs(10),
             tell_after: Duration::from_millis(50),
             peer_run_bytes: 256 << 10,
-            mesh_in_flight_bytes_max: [12 << 20, 8 << 20, 4 << 20],
+            mesh_in_flight_bytes_max: [12 << 20, 8 << 20, 3 << 20],
             peer_hedge_after_min: Duration::from_millis(20),
             peer_hedge_after_max: Duration::from_millis(60),
             peer_stall: Duration::from_secs(1),

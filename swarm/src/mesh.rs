@@ -237,7 +237,8 @@ impl Swarm {
         let Some(book) = self.books.get(&layer) else { return };
         let (Some(mesh), true) = (&book.mesh, book.sources.contains_key(&from)) else { return };
         let end = run.end.min(mesh.have.capacity());
-        let is_wanted = |chunk: &u32| (mesh.fills || book.want(*chunk).is_some()) && !mesh.have.contains(*chunk);
+        let wants_all = mesh.fills && book.background_bytes() > 0;
+        let is_wanted = |chunk: &u32| (wants_all || book.want(*chunk).is_some()) && !mesh.have.contains(*chunk);
         let wanted: Vec<u32> = (run.start..end).filter(is_wanted).collect();
         for chunk in wanted {
             let Some(mesh) = self.books.get_mut(&layer).and_then(|book| book.mesh.as_mut()) else { return };

@@ -708,12 +708,8 @@ impl Swarm {
             let source = self.sources.get(&fetch.source).filter(|_| is_demand);
             source.map(|source| source.hedge_after(&self.config, self.now))
         };
-        let is_seeder = self.sources.get(&fetch.source).is_some_and(|source| source.kind == SourceKind::Seeder);
-        let after = match fetch.is_hedge {
-            // Not asked a third time, but not waited for without end either.
-            true if !is_seeder => fetch.in_mesh.then_some(self.config.mute_after),
-            _ => after,
-        };
+        // Whatever is asked in its place is not asked in that of a second one.
+        let after = after.filter(|_| fetch.in_mesh || !fetch.is_hedge);
         let at = after.map(|after| self.now + after);
         self.timers.set(&mut fetch.hedge_at, at, Timer::Hedge(id));
     }
@@ -757,10 +753,7 @@ impl Swarm {
         }
         let Some(fetch) = self.fetches.get(&id) else { return };
         let Some(book) = self.books.get(&layer) else { return };
-        if fetch.is_hedge {
-            self.wait_on(id, next);
-            return;
-        }
+        // Two at a time, and a third one only where the first is given up.
         let is_alone = |chunk: u32| {
             book.want(chunk).is_some_and(|want| want.wants(Priority::Demand))
                 && book.fetches_over(chunk).filter_map(|id| self.fetches.get(&id)).filter(|f| f.carries(chunk)).count()

@@ -87,6 +87,13 @@ fn who_fills_takes_what_it_would_want_only_later() {
     swarm.assign(ms(0), LAYER, 40..42, SEEDER);
     let asked: Vec<_> = fetches(&mut swarm, ms(0)).into_iter().map(|(_, source, run)| (source, run)).collect();
     assert_eq!(asked, [(SEEDER, 40..42)]);
+    // Many readers at once take what they wait for, and nothing else.
+    let mut swarm = core(Config::default());
+    swarm.want(ms(0), LAYER, 0..32, Priority::Demand, ms(20_000));
+    assert!(swarm.fills(LAYER));
+    fetches(&mut swarm, ms(0));
+    swarm.assign(ms(0), LAYER, 40..42, SEEDER);
+    assert!(fetches(&mut swarm, ms(0)).iter().all(|(.., run)| run.end <= 32));
 }
 
 #[test]
