@@ -167,7 +167,6 @@ pub fn target() -> Result<PathBuf> {
 }
 
 /// Cargo's folder for the profile this program was built with, like `target/release`.
-/// Where this build's programs are.
 pub(crate) fn profile_folder() -> Result<PathBuf> {
     let program = std::env::current_exe().context("cannot find my own program")?;
     let mut folder = program.parent().context("the program has no folder")?;
