@@ -39,6 +39,9 @@ use crate::status::service::StatusService;
 /// How long an orderly stop waits for calls that are under way. A `Prepare` that takes longer is repeated by containerd.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
+/// After a daemon died, its readers wait: what only the next pull needs takes no processor from them for so long.
+const READERS_FIRST: Duration = Duration::from_secs(2);
+
 /// What the keeper hands to each daemon.
 #[derive(Debug)]
 pub struct Handed {
@@ -133,7 +136,12 @@ pub async fn serve(
             })
     );
     ready()?;
-    tokio::task::spawn_blocking(labels::compile_grammar);
+    tokio::spawn(async move {
+        if handed.adopted {
+            tokio::time::sleep(READERS_FIRST).await;
+        }
+        let _ = tokio::task::spawn_blocking(labels::compile_grammar).await;
+    });
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         socket = %config.socket().display(),
