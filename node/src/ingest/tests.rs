@@ -26,6 +26,12 @@ impl Sample {
         Self { blob: gzip(&device), device }
     }
 
+    /// Less than a span.
+    pub(crate) fn small(seed: u32) -> Self {
+        let device = Self::device(seed, 6);
+        Self { blob: gzip(&device), device }
+    }
+
     /// One zstd frame that is far larger than a span.
     pub(crate) fn one_frame(seed: u32) -> Self {
         let device = Self::device(seed, 90);

@@ -1,6 +1,9 @@
 //! Chunks on their way through several nodes.
 
 mod cluster;
+mod damage;
+mod line;
+mod matrix;
 mod seeders;
 mod unknown;
 

@@ -35,6 +35,8 @@ struct State {
     operations: Option<u64>,
     /// Syncs fail.
     broken: bool,
+    /// Changes and syncs before the power is cut.
+    power: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -90,6 +92,16 @@ impl MemoryDisk {
     /// Lets syncs fail.
     pub(crate) fn set_broken(&self, broken: bool) {
         self.0.lock().broken = broken;
+    }
+
+    /// After so many more changes and syncs the power is cut: nothing more changes, and whoever tries is told so.
+    pub(crate) fn set_power(&self, changes: Option<u64>) {
+        self.0.lock().power = changes;
+    }
+
+    /// Whether the power is cut.
+    pub(crate) fn is_dark(&self) -> bool {
+        self.0.lock().power == Some(0)
     }
 
     /// What is on the disk after a crash now: of each file's unsynced writes some are there, some are not, some are torn; what is torn
@@ -180,6 +192,14 @@ impl State {
         self.names_log.push(self.names.clone());
     }
 
+    /// Before every change and sync.
+    fn draw(&mut self) -> io::Result<()> {
+        if let Some(power) = &mut self.power {
+            *power = power.checked_sub(1).ok_or_else(|| io::Error::other("the power is cut"))?;
+        }
+        Ok(())
+    }
+
     /// Before anything that may need a new block.
     fn operate(&mut self) -> io::Result<()> {
         if let Some(operations) = &mut self.operations {
@@ -200,6 +220,7 @@ impl Backend for MemoryDisk {
             Some(Some(number)) => *number,
             Some(None) => return Err(io::ErrorKind::IsADirectory.into()),
             None if create => {
+                state.draw()?;
                 state.operate()?;
                 let number = state.next;
                 state.next += 1;
@@ -222,6 +243,7 @@ impl Backend for MemoryDisk {
     fn create_directory(&self, path: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
         if !state.names.contains_key(path) {
+            state.draw()?;
             state.operate()?;
         }
         if state.names.insert(path.to_owned(), None).is_none() {
@@ -235,6 +257,7 @@ impl Backend for MemoryDisk {
         if !state.names.contains_key(from) {
             return Err(not_found());
         }
+        state.draw()?;
         state.operate()?;
         let moved: Vec<PathBuf> = state.names.keys().filter(|path| path.starts_with(from)).cloned().collect();
         for path in moved {
@@ -249,6 +272,7 @@ impl Backend for MemoryDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
+        state.draw()?;
         state.names.retain(|other, _| !other.starts_with(path));
         state.changed();
         Ok(())
@@ -256,6 +280,7 @@ impl Backend for MemoryDisk {
 
     fn sync_directory(&self, _path: &Path) -> io::Result<()> {
         let mut state = self.0.lock();
+        state.draw()?;
         state.durable_names = state.names.clone();
         state.names_log.clear();
         Ok(())
@@ -274,6 +299,7 @@ impl Backend for MemoryDisk {
 impl MemoryFile {
     fn write(&self, write: Write) -> io::Result<()> {
         let mut state = self.disk.0.lock();
+        state.draw()?;
         let now = &state.files[&self.number].now;
         let new = write.blocks().filter(|block| !now.blocks.contains(block)).count() as u64 * BLOCK;
         if new > 0 || matches!(write, Write::Len(len) if len != now.bytes.len() as u64) {
@@ -325,6 +351,7 @@ impl File for MemoryFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.0.lock();
+        state.draw()?;
         if state.broken {
             return Err(io::Error::other("the disk is broken"));
         }

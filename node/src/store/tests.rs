@@ -237,6 +237,70 @@ fn a_newer_store_is_refused_and_says_so() {
     assert!(message.contains("version 9") && message.contains("newer"), "{message}");
 }
 
+/// All of a pull, as far as the disk takes part: what came while the layer was ingested, the layer, its chunks, the proof, a mount's mark, an
+/// eviction of some of it, a clean end.
+fn pull(disk: &MemoryDisk, boot: &str, subject: &Subject) -> Result<(), StoreError> {
+    let (store, found) = Store::open(Arc::new(disk.clone()), root(), boot, &CacheConfig::default())?;
+    let half = subject.chunks() / 2;
+    let layer = match found.layers.into_iter().next() {
+        Some(layer) => layer,
+        None => {
+            let incoming = store.incoming(&subject.index.header.blob(), 12)?;
+            for chunk in 0..half {
+                incoming.write(ChunkIndex(chunk), subject.chunk(chunk)).map_err(StoreError::io("write", root()))?;
+            }
+            store.place(store.prepare_incoming(&incoming, &subject.parts())?)?
+        }
+    };
+    for chunk in 0..subject.chunks() {
+        layer.add(chunk, subject.chunk(chunk));
+        if chunk.is_multiple_of(7) {
+            layer.flush()?;
+        }
+    }
+    assert!(subject.check(&layer) == subject.chunks() as usize || disk.is_dark(), "boot {boot}");
+    if layer.prove(&|| false)? == Proof::Proven {
+        layer.pin("mount")?;
+        layer.unpin("mount")?;
+    }
+    layer.evict(&[0])?;
+    layer.close()?;
+    store.close()
+}
+
+/// The power is cut before every write and sync of a pull, and the disk keeps any of what was not synced, torn or not: each state
+/// opens, gives nothing wrong, and the pull is repeated to its end.
+#[test]
+fn every_state_of_a_pull_opens_after_a_power_cut() {
+    let subject = Subject::new(100_000, 3);
+    let mut cuts = 0;
+    loop {
+        let disk = MemoryDisk::default();
+        disk.set_power(Some(cuts));
+        let pulled = pull(&disk, "a", &subject);
+        if !disk.is_dark() {
+            pulled.unwrap();
+            break;
+        }
+        for seed in 1..=SEEDS {
+            let disk = disk.crash(seed << 8 | cuts);
+            let (store, found) = open(&disk, "b");
+            assert!(found.broken.is_empty(), "cut {cuts}, seed {seed}: {:?}", found.broken);
+            for layer in &found.layers {
+                subject.check(layer);
+            }
+            drop((store, found));
+            pull(&disk, "b", &subject).unwrap_or_else(|error| panic!("cut {cuts}, seed {seed}: {error}"));
+        }
+        cuts += 1;
+    }
+    println!("the power was cut at {cuts} moments, with {SEEDS} outcomes each");
+    assert!(cuts > 50, "a pull writes {cuts} times");
+}
+
+/// What may be left of the unsynced writes at one moment, so many of the possibilities.
+const SEEDS: u64 = 20;
+
 #[derive(Clone, Debug)]
 enum Step {
     Create { subject: usize },

@@ -1,6 +1,7 @@
 //! Seeders with trackers, and nodes with all that they need, in this process.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,16 +39,38 @@ pub(super) struct Seeder {
     _stop: DropGuard,
 }
 
+/// How a node differs from others.
+#[derive(Clone, Debug)]
+pub(super) struct MemberSetup {
+    /// Where it serves others.
+    pub(super) listen: String,
+    /// What others are told of that; empty: the truth.
+    pub(super) address: String,
+    /// Where it reaches the registry, which then has that name.
+    pub(super) registry: Option<SocketAddr>,
+}
+
+impl Default for MemberSetup {
+    fn default() -> Self {
+        Self { listen: "127.0.0.1:0".to_owned(), address: String::new(), registry: None }
+    }
+}
+
 /// A node that takes part.
 pub(super) struct Member {
     pub(super) node: Arc<Node>,
     pub(super) resolver: Arc<Resolver>,
-    _mesh: Mesh,
+    pub(super) mesh: Mesh,
 }
 
 impl Cluster {
     pub(super) async fn new() -> Self {
         Self { registry: FakeRegistry::start().await, folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// Where the stores are.
+    pub(super) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// Starts a seeder whose store is called `name`, at a port that may still be in use for a moment; port 0: any.
@@ -73,19 +96,24 @@ impl Cluster {
 
     /// Starts a node whose store is called `name`.
     pub(super) fn member(&self, name: &str, seeders: &[SocketAddr]) -> Member {
+        self.member_as(name, seeders, MemberSetup::default())
+    }
+
+    /// The same with everything of choice.
+    pub(super) fn member_as(&self, name: &str, seeders: &[SocketAddr], setup: MemberSetup) -> Member {
+        let MemberSetup { listen, address, registry } = setup;
         let config = NodeConfig { share: true, ..NodeConfig::new(self.folder.path().join(name)) };
         let node = Node::open(config).unwrap();
         let seeders = SeederAddresses::new(seeders.iter().map(SocketAddr::to_string)).unwrap();
-        let resolver = Resolver::new(node.clone(), &seeders, &Security::Off, &self.registry.config());
-        let options = Options {
-            listen: "127.0.0.1:0".to_owned(),
-            address: String::new(),
-            zone: String::new(),
-            leech: false,
-            upload_rate: 0,
-        };
+        let mut registries = self.registry.config();
+        if let Some(registry) = registry {
+            let plain = registries.hosts.values().next().cloned().unwrap();
+            registries.hosts.insert(registry.to_string(), plain);
+        }
+        let resolver = Resolver::new(node.clone(), &seeders, &Security::Off, &registries);
+        let options = Options { listen, address, zone: String::new(), leech: false, upload_rate: 0 };
         let mesh = Mesh::start(&node, options, Security::Off, resolver.seeders().clone());
-        Member { node, resolver: Arc::new(resolver), _mesh: mesh }
+        Member { node, resolver: Arc::new(resolver), mesh }
     }
 }
 
