@@ -1,15 +1,17 @@
 //! Lines of neighbours to this node.
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use proto::drover::mesh::v1 as api;
 use proto::drover::mesh::v1::neighbour_server::{Neighbour, NeighbourServer};
 use proto::drover::mesh::v1::to_neighbour;
 use swarm::Zone;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -22,6 +24,9 @@ use crate::serve::listener::Remote;
 pub(super) const ROUTE: &str = "/drover.mesh.v1.Neighbour/{method}";
 /// Most lines at once: more than a node has neighbours, since those that broke may still seem to stand.
 const CALLS_MAX: usize = 512;
+/// Most of them from one address of the network: more than one only where nodes share a machine, or where those that broke still
+/// seem to stand.
+const CALLS_PER_IP_MAX: usize = 64;
 /// Time for the first message.
 const HELLO: Duration = Duration::from_secs(5);
 /// Largest message: what is here of a layer of 10 GB, every second chunk.
@@ -31,13 +36,23 @@ const MESSAGE_BYTES_MAX: usize = 1 << 20;
 pub(crate) struct Calls {
     events: mpsc::Sender<Event>,
     refused: Refused,
-    room: Arc<Semaphore>,
+    room: Room,
     next: AtomicU64,
+}
+
+/// The lines that stand, by where they come from. Clones are the same.
+#[derive(Clone, Default)]
+struct Room(Arc<Mutex<BTreeMap<Option<IpAddr>, usize>>>);
+
+/// A line's place in the room.
+struct Place {
+    room: Room,
+    from: Option<IpAddr>,
 }
 
 impl Calls {
     pub(crate) fn service(events: mpsc::Sender<Event>, refused: Refused) -> NeighbourServer<Self> {
-        let calls = Self { events, refused, room: Arc::new(Semaphore::new(CALLS_MAX)), next: AtomicU64::new(0) };
+        let calls = Self { events, refused, room: Room::default(), next: AtomicU64::new(0) };
         NeighbourServer::new(calls).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 }
@@ -47,9 +62,8 @@ impl Neighbour for Calls {
     type TellStream = ReceiverStream<Result<api::Told, Status>>;
 
     async fn tell(&self, request: Request<Streaming<api::ToNeighbour>>) -> Result<Response<Self::TellStream>, Status> {
-        let room = Arc::clone(&self.room).try_acquire_owned();
-        let room = room.map_err(|_| Status::resource_exhausted("too many lines"))?;
         let remote = request.extensions().get::<Remote>().map(|remote| remote.0.ip().to_canonical());
+        let place = self.room.take(remote)?;
         let mut incoming = request.into_inner();
         let hello = tokio::time::timeout(HELLO, incoming.message());
         let hello = hello.await.map_err(|_| Status::deadline_exceeded("no hello"))??;
@@ -74,12 +88,38 @@ impl Neighbour for Calls {
         let (end, ended) = mpsc::channel(1);
         tokio::spawn(async move {
             let result = line.hear(incoming).await;
-            drop((line, room));
+            drop((line, place));
             if let Err(status) = result {
                 let _ = end.try_send(Err(status));
             }
         });
         Ok(Response::new(ReceiverStream::new(ended)))
+    }
+}
+
+impl Room {
+    fn take(&self, from: Option<IpAddr>) -> Result<Place, Status> {
+        let mut lines = self.0.lock();
+        let (all, of_ip) = (lines.values().sum::<usize>(), lines.get(&from).copied().unwrap_or(0));
+        if all >= CALLS_MAX || of_ip >= CALLS_PER_IP_MAX {
+            return Err(Status::resource_exhausted(format!(
+                "{of_ip} of {all} lines here come from you: no more are taken"
+            )));
+        }
+        lines.insert(from, of_ip + 1);
+        Ok(Place { room: self.clone(), from })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut lines = self.room.0.lock();
+        if let Some(of_ip) = lines.get_mut(&self.from) {
+            *of_ip -= 1;
+            if *of_ip == 0 {
+                lines.remove(&self.from);
+            }
+        }
     }
 }
 
@@ -115,5 +155,27 @@ impl Drop for Line {
     fn drop(&mut self) {
         let (events, down) = (self.events.clone(), Event::CallerDown { address: self.address, call: self.call });
         tokio::spawn(async move { drop(events.send(down).await) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(host: usize) -> Option<IpAddr> {
+        Some(IpAddr::from([10, 0, (host >> 8) as u8, host as u8]))
+    }
+
+    #[test]
+    fn one_address_does_not_take_the_room_of_all() {
+        let room = Room::default();
+        let mut greedy: Vec<Place> = (0..CALLS_PER_IP_MAX).map(|_| room.take(ip(1)).unwrap()).collect();
+        assert!(room.take(ip(1)).is_err());
+        let others: Vec<Place> = (CALLS_PER_IP_MAX..CALLS_MAX).map(|host| room.take(ip(host)).unwrap()).collect();
+        assert!(room.take(ip(CALLS_MAX)).is_err(), "there is no room for more");
+        greedy.pop();
+        let _last = room.take(ip(1)).unwrap();
+        drop((greedy, others));
+        assert_eq!(room.0.lock().values().sum::<usize>(), 1);
     }
 }
