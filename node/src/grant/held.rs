@@ -210,6 +210,12 @@ impl Held {
         }
     }
 
+    /// How many layers it knows something of.
+    #[cfg(test)]
+    pub(super) fn layers(&self) -> usize {
+        self.shared.slots.lock().len()
+    }
+
     fn slot(&self, blob: Digest) -> Option<Arc<Slot>> {
         self.shared.slots.lock().get(&blob).cloned()
     }

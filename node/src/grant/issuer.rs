@@ -167,6 +167,18 @@ impl Issuer {
         self.shared.answers.lock().clear();
     }
 
+    /// Since when the holder of `token` is confirmed, where that counts at `now` although the registry is down.
+    #[cfg(test)]
+    pub(super) fn extends(&self, caller: &Caller, blob: &BlobRef, token: &[u8], now: SystemTime) -> Option<u64> {
+        self.shared.former(caller, blob, token, now)
+    }
+
+    /// Whether the machine with that key may cause one more question to a registry.
+    #[cfg(test)]
+    pub(super) fn allows(&self, key: Digest) -> bool {
+        self.shared.allow(key)
+    }
+
     async fn give(&self, caller: &Caller, request: api::AskRequest) -> Result<api::Grant, Status> {
         let Asked { blob, credentials, former } = read(request)?;
         let shared = &self.shared;

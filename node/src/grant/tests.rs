@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use layer::ChunkIndex;
+use proto::drover::grant::v1 as api;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::held::{Answer, Giver};
 use super::*;
 use crate::config::{CacheConfig, DiskShare, RegistriesConfig, SeederAddresses};
 use crate::ingest::store::Store;
@@ -22,7 +25,7 @@ use crate::security::tests::TestCluster;
 use crate::security::{Role, Security};
 use crate::seeder::{self, SeederError};
 use crate::serve::{self, Limits, Listener};
-use crate::source::{BlobRef, ChunkSink, Priority, Source, SourceError, WrongChunk};
+use crate::source::{BlobRef, BoxFuture, ChunkSink, Priority, Source, SourceError, WrongChunk};
 use crate::{Node, NodeConfig};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -393,23 +396,115 @@ async fn while_the_registry_is_down_the_policy_decides() {
     }
 }
 
-#[test]
-fn extended_grants_end() {
-    // The arithmetic is in `former`; here only that a grant carries its time through its token.
-    let cluster = TestCluster::new();
-    let (signer, verifier) =
-        (cluster.security(Role::Seeder, "s").signer().unwrap().unwrap(), cluster.security(Role::Node, "n").verifier());
+#[tokio::test(flavor = "multi_thread")]
+async fn extended_grants_end() {
+    const ALLOWED: u64 = 600;
+    let scene = Scene::known(102, Duration::from_secs(ALLOWED)).await;
+    let signer = scene.cluster.security(Role::Seeder, "s").signer().unwrap().unwrap();
+    let (blob, confirmed) = (scene.blob.clone(), 1_000_000);
     let grant = Grant {
         key: Digest::of(b"key"),
-        blob: Digest::of(b"blob"),
-        registry: "r.test:5000".to_owned(),
-        repository: "a/b".to_owned(),
+        blob: blob.digest,
+        registry: blob.registry.clone(),
+        repository: blob.repository.clone(),
         stage: Stage::Whole,
-        issued: 1000,
-        expires: 1060,
-        confirmed: 400,
+        issued: confirmed + 500,
+        expires: confirmed + 560,
+        confirmed,
     };
-    assert_eq!(Grant::open(&grant.seal(&signer).unwrap(), &verifier), Ok(grant));
+    let extends = |grant: &Grant, blob: &BlobRef, seconds: u64| {
+        let caller = caller_of(&Grant { key: Digest::of(b"key"), ..grant.clone() });
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        scene.issuer.extends(&caller, blob, &grant.seal(&signer).unwrap(), now)
+    };
+    assert_eq!(extends(&grant, &blob, confirmed + ALLOWED - 1), Some(confirmed), "it ended long ago, and counts");
+    assert_eq!(extends(&grant, &blob, confirmed + ALLOWED), None, "from then on not even once more");
+    // One that was extended says so: its time does not begin anew.
+    let extended = Grant { issued: confirmed + 599, expires: confirmed + 659, ..grant.clone() };
+    assert_eq!(extends(&extended, &blob, confirmed + ALLOWED), None);
+    // Somebody else's, for another place, for an ingest, from the future.
+    let at = confirmed + 10;
+    assert_eq!(extends(&Grant { key: Digest::of(b"other"), ..grant.clone() }, &blob, at), None);
+    assert_eq!(extends(&grant, &BlobRef { repository: "team/other".to_owned(), ..blob.clone() }, at), None);
+    assert_eq!(extends(&Grant { stage: Stage::Ingest, ..grant.clone() }, &blob, at), None);
+    assert_eq!(extends(&Grant { confirmed: at + 31, ..grant.clone() }, &blob, at), None);
+    // Nor does a token of another cluster count.
+    let stranger = TestCluster::new().security(Role::Seeder, "s").signer().unwrap().unwrap();
+    let (caller, now) = (caller_of(&grant), SystemTime::UNIX_EPOCH + Duration::from_secs(at));
+    assert_eq!(scene.issuer.extends(&caller, &blob, &grant.seal(&stranger).unwrap(), now), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_may_not_make_the_seeder_ask_without_end() {
+    let scene = Scene::known(103, Duration::ZERO).await;
+    let allowed = (0..10_000).take_while(|_| scene.issuer.allows(Digest::of(b"greedy"))).count();
+    // What comes back meanwhile counts too.
+    assert!((512..2_000).contains(&allowed), "{allowed}");
+    assert!(scene.issuer.allows(Digest::of(b"other")));
+}
+
+/// Gives grants that last for `validity`, and keeps when it was asked.
+struct Clockwork {
+    validity: Duration,
+    asked: std::sync::Arc<parking_lot::Mutex<Vec<Instant>>>,
+}
+
+impl Giver for Clockwork {
+    fn ask(&self, _: Digest, request: api::AskRequest) -> BoxFuture<'_, Answer> {
+        let mut asked = self.asked.lock();
+        asked.push(Instant::now());
+        // The former one comes along, for a registry that is down.
+        assert_eq!(request.former.is_empty(), asked.len() == 1);
+        let token = vec![asked.len() as u8; 16];
+        let valid_ms = u32::try_from(self.validity.as_millis()).unwrap();
+        Box::pin(async move { Answer::Granted(api::Grant { token, valid_ms }) })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_that_is_used_is_renewed_before_it_ends() {
+    let (validity, asked) = (Duration::from_secs(3), std::sync::Arc::new(parking_lot::Mutex::new(Vec::new())));
+    let held = Held::new(Box::new(Clockwork { validity, asked: asked.clone() }));
+    let blob = FakeRegistry::start().await.put_blob(Sample::one_frame(1).blob);
+    held.note(&blob);
+    assert_eq!(held.current(blob.digest), None);
+    let first = held.renew(blob.digest, None).await.unwrap();
+    let got = Instant::now();
+    while asked.lock().len() < 2 {
+        assert!(got.elapsed() < PATIENCE, "it is not renewed");
+        // Nobody waits for it: until the next one is there the old one goes on, as long as it is good.
+        let current = held.current(blob.digest);
+        assert!(
+            got.elapsed() > validity * 8 / 10
+                || current.as_ref().is_some_and(|shown| *shown == first || asked.lock().len() > 1)
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let pauses: Vec<Duration> = asked.lock().windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(pauses[0] >= validity * 2 / 3, "{pauses:?}");
+    while held.current(blob.digest).is_none_or(|shown| shown == first) {
+        assert!(got.elapsed() < PATIENCE, "the new one is not shown");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_layers_with_grants_are_bounded() {
+    let (validity, asked) = (Duration::from_secs(60), std::sync::Arc::default());
+    let held = Held::new(Box::new(Clockwork { validity, asked }));
+    let of = |number: u32| BlobRef {
+        registry: "r.test".to_owned(),
+        repository: "a/b".to_owned(),
+        digest: Digest::of(&number.to_le_bytes()),
+        size: 0,
+        media_type: String::new(),
+        urls: Vec::new(),
+    };
+    held.note(&of(0));
+    held.renew(of(0).digest, None).await.unwrap();
+    (1..20_000).for_each(|number| held.note(&of(number)));
+    assert!(held.layers() <= 8 << 10, "{}", held.layers());
+    assert!(held.current(of(0).digest).is_some(), "one that is good stays");
 }
 
 /// Takes whatever comes.
