@@ -2,9 +2,11 @@
 //!
 //! Every key with its meaning, default and sensible range is in docs/configuration.md, which a test compares with this struct.
 
+use std::io::Read;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -72,8 +74,8 @@ impl Config {
         if !DEADLINE_RANGE.contains(&config.read.deadline) {
             return Err(wrong("read.deadline must be between 1s and 110s".into()));
         }
-        if !is_zone(&config.mesh.zone) {
-            return Err(wrong("mesh.zone may have up to 64 letters, digits, '.', '_' and '-'".into()));
+        if let Err(reason) = config.mesh.zone.parse::<ZoneSource>() {
+            return Err(wrong(format!("mesh.zone {reason}")));
         }
         let address = &config.mesh.address;
         if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
@@ -97,7 +99,15 @@ impl Config {
         let MeshConfig { enabled, listen, address, zone, leech } = self.mesh.clone();
         let upload_rate = self.limits.upload.as_u64();
         let takes_part = enabled && !self.seeder.addresses.is_empty();
-        takes_part.then_some(node::mesh::Options { listen, address, zone, leech, upload_rate })
+        takes_part.then(|| {
+            // A daemon that is started again while containers run must not fail for this.
+            let zone = zone.parse().and_then(|source: ZoneSource| source.name(|name| std::env::var(name).ok()));
+            let zone = zone.unwrap_or_else(|reason| {
+                tracing::warn!("mesh.zone {reason}: this node counts as one without a zone until it is started again");
+                String::new()
+            });
+            node::mesh::Options { listen, address, zone, leech, upload_rate }
+        })
     }
 
     /// Directory of the FUSE mount whose files are devices.
@@ -161,11 +171,63 @@ pub struct MeshConfig {
     pub listen: String,
     /// `IP:PORT` that other nodes are told; empty: the address from which this node reaches the seeder, with the port of `listen`.
     pub address: String,
-    /// Name of the part of the network within which bytes are cheap: up to 64 letters, digits, `.`, `_` and `-`.
+    /// Name of the part of the network within which bytes are cheap: up to 64 letters, digits, `.`, `_` and `-`. `env:NAME`: what
+    /// that variable says, `file:/PATH`: the first line of that file.
     pub zone: String,
     /// Take only, give nothing.
     pub leech: bool,
 }
+
+/// Where the name of a zone is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum ZoneSource {
+    Name(String),
+    Variable(String),
+    File(PathBuf),
+}
+
+impl FromStr for ZoneSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("env", name)) if !name.is_empty() && !name.contains('=') => Ok(Self::Variable(name.to_owned())),
+            Some(("file", path)) if Path::new(path).is_absolute() => Ok(Self::File(path.into())),
+            None if is_zone(text) => Ok(Self::Name(text.to_owned())),
+            _ => Err(format!(
+                "is {text:?}: want a name of up to 64 letters, digits, '.', '_' and '-', or env:NAME or file:/PATH"
+            )),
+        }
+    }
+}
+
+impl ZoneSource {
+    /// The name. A label of a cloud's metadata may be a path, of which the last part is it (`projects/1/zones/europe-west1-b`).
+    fn name(&self, variable: impl Fn(&str) -> Option<String>) -> Result<String, String> {
+        let found = match self {
+            Self::Name(name) => return Ok(name.clone()),
+            Self::Variable(name) => {
+                variable(name).ok_or_else(|| format!("wants the variable {name}, which is not set"))?
+            }
+            Self::File(path) => {
+                let mut text = String::new();
+                let file =
+                    std::fs::File::open(path).and_then(|file| file.take(ZONE_FILE_MAX).read_to_string(&mut text));
+                file.map_err(|error| format!("wants the file {}: {error}", path.display()))?;
+                text
+            }
+        };
+        let line = found.lines().next().unwrap_or_default().trim();
+        let name = line.rsplit('/').next().unwrap_or_default();
+        if name.is_empty() || !is_zone(name) {
+            return Err(format!("finds {line:?} there, which is no name of a zone"));
+        }
+        Ok(name.to_owned())
+    }
+}
+
+/// Most bytes that are read of a file with a zone's name.
+const ZONE_FILE_MAX: u64 = 4096;
 
 /// Most bytes per second; 0 is unlimited.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -276,6 +338,34 @@ mod tests {
                 });
                 assert!(is_documented, "{table} {key} is not in docs/configuration.md");
             }
+        }
+    }
+
+    #[test]
+    fn a_zone_may_come_from_the_node() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("zone");
+        let name = |text: &str| {
+            let variable = |name: &str| (name == "ZONE").then(|| "eu-1a".to_owned());
+            text.parse::<ZoneSource>().and_then(|source| source.name(variable))
+        };
+        assert_eq!((name("").as_deref(), name("rack-7").as_deref()), (Ok(""), Ok("rack-7")));
+        assert_eq!(name("env:ZONE").as_deref(), Ok("eu-1a"));
+        let from_file = format!("file:{}", file.display());
+        for (text, want) in [
+            ("eu-central-1b\n", Some("eu-central-1b")),
+            ("projects/123/zones/europe-west1-b", Some("europe-west1-b")),
+            ("", None),
+            ("a b\n", None),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            assert_eq!(name(&from_file).ok().as_deref(), want, "{text:?}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert!(name(&from_file).unwrap_err().contains(file.to_str().unwrap()));
+        assert!(name("env:OTHER").unwrap_err().contains("OTHER"));
+        for wrong in ["env:", "file:zone", "http://x", "a b", "a/b"] {
+            assert!(wrong.parse::<ZoneSource>().is_err(), "{wrong}");
         }
     }
 
