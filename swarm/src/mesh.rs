@@ -578,8 +578,8 @@ impl Swarm {
             let peers = book.sources.iter().filter(|(_, offer)| offer.has.is_some() && offer.has(chunk));
             peers.filter_map(|(id, _)| self.sources.get(id)).any(|source| source.rests_until(priority) <= self.now)
         };
-        // Many that are wanted at once: not all nodes should ask for the same first one.
-        let is_crowd = queued.count() > self.config.ordered_max;
+        // Not all nodes should ask for the same first one.
+        let is_crowd = self.is_crowd(book, priority);
         let draw = if is_crowd { mix(mesh.draw ^ self.next_fetch) } else { 0 };
         let from = (draw % u64::from(queued.capacity().max(1))) as u32;
         let orphan = || {
@@ -674,8 +674,14 @@ impl Swarm {
 
     /// Whose limits hold for what is queued with `priority`.
     fn class(&self, book: &Book, priority: Priority) -> Priority {
-        let is_crowd = book.queued_set(priority).count() > self.config.ordered_max;
-        if is_crowd { Priority::Background } else { priority }
+        if self.is_crowd(book, priority) { Priority::Background } else { priority }
+    }
+
+    /// Whether more is wanted at once than one reader wants, where others may want the same. A node without neighbours shares
+    /// the seeder with nobody, and has nobody to get a chunk from that it leaves to others.
+    fn is_crowd(&self, book: &Book, priority: Priority) -> bool {
+        let has_neighbours = || book.sources.values().any(|offer| offer.has.is_some());
+        book.queued_set(priority).count() > self.config.ordered_max && has_neighbours()
     }
 
     /// The unit in which delegates share a blob.

@@ -40,6 +40,8 @@ pub struct TrackerConfig {
     pub copy_pause_max: Duration,
     /// Most bytes served at once that were not assigned.
     pub serving_bytes: u64,
+    /// Who finds all of them taken comes again after so long: a link of 1 Gbit/s is idle sooner than in twice that.
+    pub serving_pause: Duration,
     /// So many askers are sent to the node that was given a chunk and did not yet report it.
     pub pointed_max: u32,
     /// A node that told nothing for so long is gone; [`Duration::MAX`] where the owner knows better.
@@ -62,6 +64,7 @@ impl Default for TrackerConfig {
             copy_pause: Duration::from_millis(250),
             copy_pause_max: Duration::from_secs(4),
             serving_bytes: 4 << 20,
+            serving_pause: Duration::from_millis(15),
             pointed_max: 4,
             member_expiry: Duration::from_secs(15),
             accusers: 3,
@@ -326,8 +329,14 @@ impl Tracker {
         let bytes = u64::from(run.end - run.start) * members.geometry.chunk_size();
         let serving: u64 = members.serving.values().sum();
         let is_full = serving > 0 && serving + bytes > self.config.serving_bytes;
-        if free_at > self.now || others_first || is_full {
-            let retry_after = free_at.saturating_sub(self.now).clamp(pause / 4, pause * 8);
+        // A node that is alone has nobody else to ask, and takes nothing from anybody.
+        let is_alone = members.peers.len() <= 1;
+        if !is_alone && (free_at > self.now || others_first || is_full) {
+            let retry_after = if free_at > self.now || others_first {
+                free_at.saturating_sub(self.now).clamp(pause / 4, pause * 8)
+            } else {
+                self.config.serving_pause
+            };
             let retry_after = if why == Priority::Background { retry_after.max(pause * 4) } else { retry_after };
             return Answer::Busy { retry_after, peers: self.who_has(layer, peer, run.start) };
         }
@@ -836,6 +845,25 @@ mod tests {
         }
         let seeder: usize = assigned.iter().filter(|(.., from)| from.is_none()).map(|(_, run, _)| run.len()).sum();
         assert_eq!(seeder, 64);
+    }
+
+    #[test]
+    fn who_is_alone_waits_for_nobody() {
+        let unserved = |peers| {
+            let mut tracker = tracker(peers, 1);
+            tracker.ingested(Duration::ZERO, LAYER, 0..64);
+            let ask = |run: Range<u32>| tracker.request(Duration::ZERO, LAYER, PeerId(1), run, Priority::Demand);
+            // All at once, and one of them twice.
+            (0..64)
+                .step_by(4)
+                .map(|from| from..from + 4)
+                .chain([0..4])
+                .map(ask)
+                .filter(|answer| *answer != Answer::Serve)
+                .count()
+        };
+        assert_eq!(unserved(1), 0);
+        assert!(unserved(2) > 0);
     }
 
     #[test]

@@ -339,10 +339,17 @@ fn a_neighbour_that_only_refuses_is_not_counted_on() {
 
 #[test]
 fn many_demanded_chunks_are_left_to_many_nodes() {
-    let mut swarm = core(Config::default());
-    swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Demand, ms(20_000));
-    let bytes: usize = fetches(&mut swarm, ms(0)).iter().map(|(.., run)| run.len() << 17).sum();
-    assert!(bytes <= 512 << 10, "{bytes}");
+    let asked = |neighbours: u64| -> usize {
+        let mut swarm = core(Config::default());
+        for id in 0..neighbours {
+            neighbour(&mut swarm, 11 + id, 1, 0..0);
+        }
+        swarm.want(ms(0), LAYER, 0..CHUNKS, Priority::Demand, ms(20_000));
+        fetches(&mut swarm, ms(0)).iter().map(|(.., run)| run.len() << 17).sum()
+    };
+    assert!(asked(1) <= 512 << 10, "{}", asked(1));
+    // To whom would a node without neighbours leave anything?
+    assert!(asked(0) >= 4 << 20, "{}", asked(0));
 }
 
 #[test]
