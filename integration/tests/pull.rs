@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lab::drover::ordinary_layers;
+use lab::drover::{all_complete, ordinary_layers};
 use lab::image::small;
 use lab::process::{run, wait_for};
 use lab::sandbox::{Run, run_test};
@@ -39,6 +39,24 @@ fn our_own_pull_is_lazy() {
             status().is_ok_and(|status| status.images.is_empty() && status.bytes_here == 0)
         })
         .with_context(|| format!("{:?}", status()))
+    });
+}
+
+/// A pull that waits for everything leaves nothing to be fetched, also where nothing is filled in the background.
+#[test]
+fn our_own_pull_waits_for_everything() {
+    run_test("our_own_pull_waits_for_everything", |run_of| {
+        let (mut scene, reference) = scene(run_of)?;
+        scene.start_seeder(true)?;
+        let node = scene.drover_node(NO_FILL)?;
+        let whole = || run(node.snapshotter()?.pulling(&scene.network).args(["--complete", &reference]));
+        for _ in 0..2 {
+            let printed = whole()?;
+            ensure!(printed.contains("4 of 4 layers lazy"), "{printed}");
+            let status = node.snapshotter()?.status()?;
+            ensure!(all_complete(&status), "{}", node.snapshotter()?.status_text()?);
+        }
+        container_runs(&scene, &node, &reference)
     });
 }
 

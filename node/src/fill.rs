@@ -80,9 +80,10 @@ impl Fill {
     /// Opens wants; gives when there may be more to open.
     pub(crate) fn step(&mut self, now: Duration, swarm: &mut Swarm) -> Option<Duration> {
         self.layers.retain(|_, filling| filling.layer.is_filling());
-        if self.layers.is_empty() || self.paused.load(Ordering::Acquire) {
+        if self.layers.is_empty() {
             return None;
         }
+        let paused = self.paused.load(Ordering::Acquire);
         if let Some(rate) = &mut self.rate {
             rate.fill_up(now);
         }
@@ -90,8 +91,12 @@ impl Fill {
         let open: u64 = self.layers.keys().map(|key| swarm.background_bytes(*key)).sum();
         let mut slack = self.room.slack().saturating_sub(open);
         for (key, filling) in &mut self.layers {
+            let is_awaited = filling.layer.is_awaited();
+            if paused && !is_awaited {
+                continue;
+            }
             let settles = *filling.since.get_or_insert(now) + SETTLE;
-            if now < settles {
+            if now < settles && !is_awaited {
                 settled = Some(settled.map_or(settles, |other: Duration| other.min(settles)));
                 continue;
             }

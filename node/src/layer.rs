@@ -6,7 +6,7 @@ use std::future::Future;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub struct Layer {
     ahead: Mutex<Vec<Range<u32>>>,
     sources: Mutex<Sources>,
     filling: AtomicBool,
+    /// How many wait for the whole layer.
+    awaited: AtomicUsize,
     mounted: AtomicBool,
     complete: AtomicBool,
     /// Chunks went since the driver looked last.
@@ -73,6 +75,11 @@ pub struct WaitHandle {
     wait: Option<(Arc<Layer>, u64)>,
 }
 
+/// Somebody waits for a whole layer; dropping it says that nobody does any more.
+#[must_use = "dropping it ends the hurry"]
+#[derive(Debug)]
+pub struct Awaited(Arc<Layer>);
+
 /// Settings of a layer's reads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ReadOptions {
@@ -95,6 +102,7 @@ impl Layer {
             ahead: Mutex::default(),
             sources: Mutex::default(),
             filling: AtomicBool::new(false),
+            awaited: AtomicUsize::new(0),
             mounted: AtomicBool::new(false),
             lost: AtomicBool::new(false),
             answered: AtomicU32::new(0),
@@ -240,6 +248,14 @@ impl Layer {
         self.inbox.touch(self.key());
     }
 
+    /// Fetches the whole layer without delay, also where nothing is filled in the background, for as long as what this gives is
+    /// kept. What containers of this node read goes first, as always.
+    pub fn awaited(self: &Arc<Self>) -> Awaited {
+        self.awaited.fetch_add(1, Ordering::AcqRel);
+        self.inbox.touch(self.key());
+        Awaited(self.clone())
+    }
+
     /// Whether containers may read the layer: then nothing of it is evicted that nobody else gives. On for layers that were on
     /// disk when the node was opened, off for new ones.
     pub fn set_mounted(&self, mounted: bool) {
@@ -358,7 +374,13 @@ impl Layer {
     }
 
     pub(crate) fn is_filling(&self) -> bool {
-        self.filling.load(Ordering::Acquire) && !self.is_complete() && !self.store.is_quarantined()
+        let is_wanted = self.filling.load(Ordering::Acquire) || self.is_awaited();
+        is_wanted && !self.is_complete() && !self.store.is_quarantined()
+    }
+
+    /// Whether somebody waits for the whole layer.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.awaited.load(Ordering::Acquire) > 0
     }
 
     pub(crate) fn source(&self, id: SourceId) -> Option<Arc<dyn Source>> {
@@ -588,6 +610,20 @@ impl WaitHandle {
         layer.answer(ready);
         layer.inbox.touch(layer.key());
         read.is_some()
+    }
+}
+
+impl Awaited {
+    /// The layer.
+    pub fn layer(&self) -> &Arc<Layer> {
+        &self.0
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        self.0.awaited.fetch_sub(1, Ordering::AcqRel);
+        self.0.inbox.touch(self.0.key());
     }
 }
 

@@ -184,6 +184,25 @@ async fn the_background_completes_and_proves_a_layer() {
     assert!(node.layer(subject.diff_id()).unwrap().is_proven());
 }
 
+/// Also where nothing is filled; and no longer than somebody waits for it.
+#[tokio::test]
+async fn a_layer_that_is_awaited_is_fetched_whole_at_once() {
+    let subjects = [Subject::new(900_000, 17), Subject::new(900_000, 18)];
+    let directory = tempfile::tempdir().unwrap();
+    let node = Node::open(config(directory.path())).unwrap();
+    node.set_fill_paused(true);
+    let layers = subjects.each_ref().map(|subject| node.insert(&subject.parts()).unwrap());
+    for (layer, subject) in layers.iter().zip(&subjects) {
+        layer.add_source(FaultySource::new(subject, SourceKind::Registry));
+    }
+    let [awaited, given_up] = &layers;
+    drop(given_up.awaited());
+    let waits = awaited.awaited();
+    until("it is here", || awaited.is_complete()).await;
+    assert_eq!(std::fs::read(waits.layer().device_path()).unwrap(), *subjects[0].device);
+    assert!(!given_up.is_complete());
+}
+
 #[tokio::test]
 async fn an_index_that_lies_is_quarantined() {
     let subject = Subject::new(100_000, 8);

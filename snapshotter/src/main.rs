@@ -7,26 +7,20 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use hyper_util::rt::TokioIo;
 use node::registry::image::Platform;
-use proto::drover::node::v1::StatusRequest;
-use proto::drover::node::v1::node_client::NodeClient;
+use proto::drover::node::v1::CompleteProgress;
 use snapshotter::config::{Config, DEFAULT_PATH};
 use snapshotter::daemon::{self, Handed};
 use snapshotter::keeper::{self, DaemonSide, KeeperOptions};
 use snapshotter::mount::helper;
 use snapshotter::pull::progress::Progress;
 use snapshotter::pull::{self, Pull};
+use snapshotter::status::client;
 use snapshotter::status::render::render;
-use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
-use tonic::transport::{Endpoint, Uri};
 
 /// How long an orderly stop waits for the daemon before it is killed; longer than the daemon itself waits.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long `status` waits for the daemon.
-const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Drover's containerd snapshotter: containers start before their images have arrived.
 #[derive(Parser)]
@@ -67,6 +61,9 @@ enum Command {
         /// Which image of an index, like linux/arm64; this machine's by default.
         #[arg(long, value_name = "linux/ARCH[/VARIANT]")]
         platform: Option<Platform>,
+        /// Wait until the whole image is on this node, and fetch it without delay: for images that are pulled ahead of their use.
+        #[arg(long)]
+        complete: bool,
     },
     /// The daemon, started by the keeper.
     #[command(hide = true)]
@@ -100,10 +97,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 Command::Keeper => Ok(keeper::adopt(&options)?),
                 Command::Daemon => run_daemon(&config, &options),
                 Command::Status { layers } => run_status(&config, layers),
-                Command::Pull { reference, namespace, address, snapshotter, platform } => {
+                Command::Pull { reference, namespace, address, snapshotter, platform, complete } => {
                     let socket = address.unwrap_or_else(|| config.containerd.socket.clone());
                     let pull = Pull { reference, namespace, socket, snapshotter, platform };
-                    run_pull(&config, &pull)
+                    run_pull(&config, &pull, complete)
                 }
                 Command::MountErofs => Ok(()),
             }
@@ -154,33 +151,24 @@ fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_pull(config: &Config, pull: &Pull) -> anyhow::Result<()> {
+fn run_pull(config: &Config, pull: &Pull, complete: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let pulled = runtime.block_on(pull::pull(pull, &config.registry, &Progress::new()))?;
-    let lazy = pulled.layers - pulled.unpacked;
-    println!("{}: {lazy} of {} layers lazy", pulled.name, pulled.layers);
+    let progress = Progress::new();
+    let pulled = runtime.block_on(pull::pull(pull, &config.registry, &progress))?;
+    if complete && !pulled.lazy.is_empty() {
+        let (socket, shown) = (config.socket(), progress.whole());
+        let show = |at: &CompleteProgress| shown.here(at.bytes_here, at.device_size);
+        let completed = runtime.block_on(client::complete(&socket, &pulled.lazy, show));
+        completed.with_context(|| format!("{} was pulled, but is not here whole", pulled.name))?;
+        shown.done("all here");
+    }
+    println!("{}: {} of {} layers lazy", pulled.name, pulled.lazy.len(), pulled.layers);
     Ok(())
 }
 
 fn run_status(config: &Config, layers: bool) -> anyhow::Result<()> {
-    let socket = config.socket();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let status = runtime.block_on(async {
-        let ask = async {
-            let path = socket.clone();
-            let connect = tower::service_fn(move |_: Uri| {
-                let path = path.clone();
-                async move { UnixStream::connect(path).await.map(TokioIo::new) }
-            });
-            let channel = Endpoint::from_static("http://drover").connect_with_connector(connect).await?;
-            anyhow::Ok(NodeClient::new(channel).status(StatusRequest {}).await?.into_inner())
-        };
-        tokio::time::timeout(STATUS_TIMEOUT, ask)
-            .await
-            .with_context(|| format!("no answer within {STATUS_TIMEOUT:?}"))
-            .flatten()
-            .with_context(|| format!("cannot ask the daemon at {}: does it run?", socket.display()))
-    })?;
+    let status = runtime.block_on(client::status(&config.socket()))?;
     print!("{}", render(&status, layers));
     Ok(())
 }

@@ -12,6 +12,7 @@ pub mod unpack;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use layer::Digest;
 use node::config::RegistriesConfig;
 use node::registry::image::{ImageRef, Platform};
 use node::registry::{self, Options};
@@ -44,8 +45,8 @@ pub struct Pulled {
     pub name: String,
     /// Layers in all.
     pub layers: usize,
-    /// Those that were unpacked by containerd.
-    pub unpacked: usize,
+    /// The blobs of those that containerd did not unpack.
+    pub lazy: Vec<Digest>,
 }
 
 /// Pulls. What is made on the way is kept from containerd's garbage collection until the image refers to it; after a failure or a
@@ -93,15 +94,17 @@ async fn pull_under(
     importer.config(&found.config, &config_text).await?;
 
     let mut unpacker = Unpacker::new(connection, lease, &importer, registry, pull, image);
-    let mut unpacked = 0;
+    let mut lazy = Vec::new();
     for position in 0..parsed.layers.len() {
         let place = found.layers.get(position).context("a layer of the manifest is missing")?;
-        unpacked += usize::from(unpacker.layer(&parsed, position, place, progress).await?);
+        if !unpacker.layer(&parsed, position, place, progress).await? {
+            lazy.push(place.digest);
+        }
     }
     if let Some(top) = top {
         // The snapshots live as long as the configuration does.
         importer.refer(found.config.digest, &pull.snapshotter, top).await?;
     }
     importer.name(&name, &found).await?;
-    Ok(Pulled { name, layers: parsed.layers.len(), unpacked })
+    Ok(Pulled { name, layers: parsed.layers.len(), lazy })
 }

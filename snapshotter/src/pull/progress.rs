@@ -33,14 +33,22 @@ impl Progress {
     /// Begins the layer `number` of `count`.
     pub fn layer(&self, number: usize, count: usize, blob: &str) -> LayerProgress {
         let short = blob.get(..19).unwrap_or(blob);
-        let title = format!("layer {number}/{count} {short}");
+        self.part(format!("layer {number}/{count} {short}"), "waiting for its index")
+    }
+
+    /// Begins to wait for all of the image.
+    pub fn whole(&self) -> LayerProgress {
+        self.part("the whole image".to_owned(), "asking for it")
+    }
+
+    fn part(&self, title: String, begins: &'static str) -> LayerProgress {
         let bar = self.is_terminal.then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
             if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix}: {msg} {elapsed}") {
                 bar.set_style(style);
             }
             bar.set_prefix(title.clone());
-            bar.set_message("waiting for its index");
+            bar.set_message(begins);
             bar.enable_steady_tick(Duration::from_millis(120));
             bar
         });
@@ -67,6 +75,14 @@ impl LayerProgress {
         {
             bar.set_style(style);
         }
+    }
+
+    /// So many bytes of `total` are here.
+    pub fn here(&self, bytes: u64, total: u64) {
+        if self.bar.as_ref().is_some_and(|bar| bar.length() != Some(total)) {
+            self.fetching(total);
+        }
+        self.fetched(bytes);
     }
 
     /// So many bytes of it are here.

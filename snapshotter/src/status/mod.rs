@@ -1,7 +1,11 @@
 //! What the daemon tells its operator.
 //!
 //! - [`service`]: collecting and serving it.
+//! - [`complete`]: waiting for whole layers.
+//! - [`client`]: asking for both.
 //! - [`render`]: the text of `drover-snapshotter status`.
 
+pub mod client;
+mod complete;
 pub mod render;
 pub mod service;

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use futures_util::stream::{self, BoxStream, StreamExt};
 use node::counters::CounterValues;
 use node::mesh::Standing;
 use node::mesh::standing::Watch;
@@ -11,6 +12,7 @@ use proto::drover::node::v1 as api;
 use proto::drover::node::v1::node_server::Node as NodeService;
 use tonic::{Request, Response, Status};
 
+use super::complete::Completion;
 use crate::lazy::labels::IMAGE;
 use crate::lazy::prepare::ImageLayers;
 use crate::snapshots::{Backing, Kind, LazyBacking, Snapshot, StoreError};
@@ -34,6 +36,17 @@ impl NodeService for StatusService {
             .map_err(|error| Status::internal(error.to_string()))?;
         status.mesh = self.mesh.as_ref().map(|watch| mesh(watch.standing(), &self.layers.node.counters()));
         Ok(Response::new(status))
+    }
+
+    type CompleteStream = BoxStream<'static, Result<api::CompleteProgress, Status>>;
+
+    async fn complete(&self, request: Request<api::CompleteRequest>) -> Result<Response<Self::CompleteStream>, Status> {
+        let completion = Completion::new(&self.layers.node, &request.get_ref().blobs, self.layers.stall)?;
+        let progress = stream::unfold(completion, |mut completion| async {
+            let next = completion.next().await?;
+            Some((next, completion))
+        });
+        Ok(Response::new(progress.boxed()))
     }
 }
 
