@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Barrier;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
@@ -82,12 +83,32 @@ impl Crowd {
     /// Starts the subject on all nodes at once and waits until each has shown its first line and, with `to_the_end`, has the
     /// whole image.
     pub fn start(&self, scene: &Scene, subject: &Subject, to_the_end: bool) -> Result<Outcome> {
+        self.outcome_of(scene, |node| measure::start(scene, node, self.case.way(), subject, to_the_end, &|_| {}))
+    }
+
+    /// Pulls the subject's image whole on all nodes at once.
+    pub fn pull_whole(&self, scene: &Scene, subject: &Subject) -> Result<Outcome> {
+        self.outcome_of(scene, |node| measure::pull_whole(scene, node, self.case.way(), subject))
+    }
+
+    fn outcome_of(&self, scene: &Scene, work: impl Fn(&Node) -> Result<Start> + Sync) -> Result<Outcome> {
         let before = self.flows(scene)?;
+        let seeder_cpu = || scene.seeder.as_ref().map_or(Duration::ZERO, |seeder| seeder.daemon().usage().cpu);
+        let seeder_cpu_before = seeder_cpu();
         let nodes: Vec<_> = self.nodes.iter().collect();
-        let starts = start_each(scene, &nodes, self.case.way(), subject, to_the_end).into_iter().zip(&nodes);
+        let starts = on_each(&nodes, work).into_iter().zip(&nodes);
         let named = |node: &Node| format!("{}: {:?}", self.case.label(), node.place());
         let starts = starts.map(|(start, node)| start.with_context(|| named(node))).collect::<Result<_>>()?;
-        Ok(Outcome { case: self.case, starts, flows: self.flows(scene)?.since(&before) })
+        let seeder_cpu = seeder_cpu().saturating_sub(seeder_cpu_before);
+        Ok(Outcome { case: self.case, starts, flows: self.flows(scene)?.since(&before), seeder_cpu })
+    }
+
+    /// What `program` prints on each node, one after the other.
+    pub fn output_of_each(&self, scene: &Scene, reference: &str, program: &[&str]) -> Result<Vec<String>> {
+        let output = |node: &Node| {
+            node.containerd().output_of(&scene.network, self.case.way().snapshotter(), reference, "again", program)
+        };
+        self.nodes.iter().map(output).collect()
     }
 
     /// What all links have carried so far.
@@ -106,12 +127,12 @@ impl Crowd {
     }
 }
 
-/// Starts the subject on `nodes` at once, as [`measure::start`] does on one; the results are in the order of the nodes.
-pub fn start_each(scene: &Scene, nodes: &[&Node], way: Way, subject: &Subject, to_the_end: bool) -> Vec<Result<Start>> {
+/// Does the same on `nodes` at once; the results are in the order of the nodes.
+fn on_each<T: Send>(nodes: &[&Node], work: impl Fn(&Node) -> Result<T> + Sync) -> Vec<Result<T>> {
     let gate = Barrier::new(nodes.len());
     let one = |node: &Node| {
         gate.wait();
-        measure::start(scene, node, way, subject, to_the_end, &|_| {})
+        work(node)
     };
     std::thread::scope(|scope| {
         let starts: Vec<_> = nodes.iter().map(|node| scope.spawn(|| one(node))).collect();
@@ -129,6 +150,8 @@ pub struct Outcome {
     pub starts: Vec<Start>,
     /// What the links carried.
     pub flows: Flows,
+    /// Processor time that the seeder took meanwhile.
+    pub seeder_cpu: Duration,
 }
 
 impl Outcome {
@@ -140,6 +163,16 @@ impl Outcome {
     /// Seconds until each node had the whole image, where that was waited for.
     pub fn completes(&self) -> impl Iterator<Item = f64> {
         self.starts.iter().filter_map(|start| Some(start.complete?.as_secs_f64()))
+    }
+
+    /// Processor time of the snapshotters and the seeder together.
+    pub fn cpu(&self) -> Duration {
+        self.seeder_cpu + self.starts.iter().map(|start| start.node_usage.cpu).sum::<Duration>()
+    }
+
+    /// Most bytes of memory that a snapshotter had.
+    pub fn peak_memory(&self) -> u64 {
+        self.starts.iter().map(|start| start.node_usage.peak_memory).max().unwrap_or(0)
     }
 }
 

@@ -101,8 +101,8 @@ const LINES_MAX: usize = 1000;
 const CONTAINER: &str = "subject";
 
 /// Puts the seeder's state right and gives a new node, for one [`start`]. For [`Way::DroverKnown`] the seeder must have ingested
-/// the image in an earlier start of this scene.
-pub fn node(scene: &mut Scene, way: Way) -> Result<Node> {
+/// the image in an earlier start of this scene. `extra` is added to the snapshotter's configuration.
+pub fn node(scene: &mut Scene, way: Way, extra: &str) -> Result<Node> {
     match way {
         Way::Overlayfs | Way::Rival(_) => scene.stop_seeder(),
         Way::DroverNew => scene.start_seeder(true)?,
@@ -110,7 +110,7 @@ pub fn node(scene: &mut Scene, way: Way) -> Result<Node> {
     }
     let node = match way {
         Way::Overlayfs => scene.plain_node()?,
-        Way::DroverNew | Way::DroverKnown => scene.drover_node("")?,
+        Way::DroverNew | Way::DroverKnown => scene.drover_node(extra)?,
         Way::Rival(rival) => scene.rival_node(rival)?,
     };
     drop_caches();
@@ -195,6 +195,23 @@ pub fn start(
         node_usage: node.daemon().usage(),
         seeder_usage: scene.seeder.as_ref().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
     })
+}
+
+/// Pulls the subject's image once, whole, on a node that has nothing of it, and measures that: nothing is left to be fetched or
+/// unpacked afterwards.
+pub fn pull_whole(scene: &Scene, node: &Node, way: Way, subject: &Subject) -> Result<Start> {
+    let clock = Instant::now();
+    match way {
+        Way::DroverNew | Way::DroverKnown => {
+            run(node.snapshotter()?.pulling(&scene.network).args(["--complete", &subject.reference]))?;
+        }
+        Way::Overlayfs | Way::Rival(_) => {
+            node.containerd().pull(&scene.network, way.snapshotter(), &subject.reference)?;
+        }
+    }
+    let pull = clock.elapsed();
+    let (first_line, complete, node_usage) = (pull, Some(pull), node.daemon().usage());
+    Ok(Start { pull, first_line, complete, node_usage, ..Start::default() })
 }
 
 /// Bytes that entered the node: by the counter of its link, else as far as the daemons know, that is, what is in containerd's

@@ -40,6 +40,9 @@ struct Arguments {
     /// Wait after each start until the node has the whole image, to count its bytes and work
     #[arg(long)]
     complete: bool,
+    /// Lines for the snapshotter's configuration
+    #[arg(long, default_value = "")]
+    extra: String,
     /// Folder for state and the built image
     #[arg(long)]
     folder: Option<PathBuf>,
@@ -98,7 +101,7 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
                     Way::Rival(rival) => &subjects[&Some(rival)],
                     Way::Overlayfs | Way::DroverNew | Way::DroverKnown => &subjects[&None],
                 };
-                let node = measure::node(&mut scene, way)?;
+                let node = measure::node(&mut scene, way, &arguments.extra)?;
                 let start = measure::start(&scene, &node, way, subject, arguments.complete, &|_| {})
                     .with_context(|| format!("run {number}, {speed} Mbit/s, {}", way.label()))?;
                 drop(node);

@@ -39,6 +39,9 @@ struct Arguments {
     /// Only this sort; may be given several times
     #[arg(long = "only", value_enum)]
     only: Vec<Which>,
+    /// Pull the image whole with `drover-snapshotter pull --complete`, instead of starting a container that reads it
+    #[arg(long)]
+    pull: bool,
     /// Lines for the snapshotters' configuration
     #[arg(long, default_value = "")]
     extra: String,
@@ -92,7 +95,7 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
     let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
     let registry = scene.registry.as_ref().context("the private registry is missing")?;
     let reference = registry.push(&scene.network, &image, "bench/noise", "1")?;
-    let subject = Subject { reference, program: noise::PROGRAM.map(str::to_owned).to_vec() };
+    let subject = Subject { reference, program: noise::READ.map(str::to_owned).to_vec() };
     scene.network.set_speed(arguments.speed)?;
     scene.network.set_speed_of(Place::Registry, arguments.registry_speed)?;
 
@@ -104,11 +107,15 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
         for &nodes in &arguments.nodes {
             for &case in &cases {
                 let crowd = Crowd::gather(&mut scene, case, nodes, &subject, &arguments.extra)?;
-                let outcome = crowd.start(&scene, &subject, true)?;
-                drop(crowd);
-                for start in &outcome.starts {
-                    ensure!(start.line == expected, "a container printed {:?} instead of {expected:?}", start.line);
+                let outcome = if arguments.pull {
+                    crowd.pull_whole(&scene, &subject)?
+                } else {
+                    crowd.start(&scene, &subject, true)?
+                };
+                for line in crowd.output_of_each(&scene, &subject.reference, &noise::PROGRAM)? {
+                    ensure!(line.trim() == expected, "a container printed {line:?} instead of {expected:?}");
                 }
+                drop(crowd);
                 say(&format!(
                     "run {number} of {}, {nodes} nodes, {}: all read after {:.2} s, at the latest {:.2} s",
                     arguments.runs,
@@ -139,17 +146,20 @@ fn report(arguments: &Arguments, cases: &[Case], outcomes: &[Outcome], compresse
     writeln!(
         text,
         "| nodes | start | all read, median node | last node | whole image, last node | registry gave | seeder gave | from nodes | \
-         most given by a node |"
+         most given by a node | CPU per GB | most memory |"
     )?;
-    writeln!(text, "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
+    writeln!(text, "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")?;
     let copies = |bytes: f64| bytes / compressed as f64;
     for &nodes in &arguments.nodes {
+        // Of plain bytes, which is what containers read.
+        let delivered = (arguments.megabytes * nodes) as f64 / 1e3;
         for &case in cases {
             let of = || outcomes.iter().filter(move |outcome| (outcome.case, outcome.starts.len()) == (case, nodes));
             let most = |outcome: &Outcome| outcome.flows.nodes.iter().map(|node| node.sent).max().unwrap_or(0) as f64;
             writeln!(
                 text,
-                "| {nodes} | {} | {:.2} s | {:.2} s | {:.2} s | {:.3} copies | {:.3} copies | {:.1} % | {:.2} copies |",
+                "| {nodes} | {} | {:.2} s | {:.2} s | {:.2} s | {:.3} copies | {:.3} copies | {:.1} % | {:.2} copies | \
+                 {:.2} s | {:.0} MB |",
                 case.label(),
                 median(of().map(|outcome| median(outcome.first_lines()))),
                 median(of().map(|outcome| spread(outcome.first_lines()).1)),
@@ -158,6 +168,8 @@ fn report(arguments: &Arguments, cases: &[Case], outcomes: &[Outcome], compresse
                 copies(median(of().map(|outcome| outcome.flows.seeder as f64))),
                 median(of().map(|outcome| outcome.flows.share_between_nodes())) * 100.0,
                 copies(median(of().map(most))),
+                median(of().map(|outcome| outcome.cpu().as_secs_f64() / delivered)),
+                median(of().map(|outcome| outcome.peak_memory() as f64)) / 1e6,
             )?;
         }
     }

@@ -70,7 +70,7 @@ fn demonstrate(arguments: &Arguments, run: &Run) -> Result<()> {
     let mut rows = Vec::new();
     for way in Way::ALL {
         say(way.label());
-        let node = measure::node(&mut scene, way)?;
+        let node = measure::node(&mut scene, way, "")?;
         let ticker = Ticker::start(&scene, &node, clock);
         let outcome = measure::start(&scene, &node, way, &subject, true, &say);
         ticker.stop();

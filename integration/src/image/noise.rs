@@ -13,6 +13,9 @@ use crate::pattern;
 /// The file.
 pub const FILE: &str = "/srv/noise";
 
+/// Reads the whole file, which costs little more than its bytes do, and says so.
+pub const READ: [&str; 4] = ["busybox", "sh", "-c", "busybox cat /srv/noise > /dev/null && echo read"];
+
 /// Reads the whole file and prints what [`line()`] gives.
 pub const PROGRAM: [&str; 3] = ["busybox", "sha256sum", FILE];
 
