@@ -160,39 +160,35 @@ impl std::fmt::Debug for Encoder {
     }
 }
 
-/// Decodes chunks. Keeps its memory (about 200 KiB) from chunk to chunk.
+/// Decodes chunks. Keeps its memory (about 200 KiB, taken with the first packed frame, and a chunk) from chunk to chunk.
+#[derive(Default)]
 pub struct Decoder {
-    unpacker: zstd_safe::DCtx<'static>,
+    unpacker: Option<zstd_safe::DCtx<'static>>,
+    plain: Vec<u8>,
 }
 
 impl Decoder {
     /// A decoder.
     pub fn new() -> Self {
-        Self { unpacker: zstd_safe::DCtx::create() }
+        Self::default()
     }
 
-    /// Replaces `plain` by the bytes of the chunk in `frame`, exactly `expected` of them. They are not verified: compare
-    /// their digest. After an error `plain` holds nothing useful.
-    pub fn decode(&mut self, frame: Frame<'_>, expected: usize, plain: &mut Vec<u8>) -> Result<(), FrameError> {
-        plain.clear();
+    /// The bytes of the chunk in `frame`, exactly `expected` of them. They are not verified: compare their digest.
+    pub fn decode<'a>(&'a mut self, frame: Frame<'a>, expected: usize) -> Result<&'a [u8], FrameError> {
         match frame {
-            Frame::Plain(body) if body.len() == expected => plain.extend_from_slice(body),
-            Frame::Plain(_) => return Err(FrameError::Broken { expected }),
+            Frame::Plain(body) if body.len() == expected => Ok(body),
+            Frame::Plain(_) => Err(FrameError::Broken { expected }),
             Frame::Packed(body) => {
+                let unpacker = self.unpacker.get_or_insert_with(zstd_safe::DCtx::create);
+                self.plain.clear();
                 // zstd writes at most the capacity, whatever the frame claims.
-                plain.reserve_exact(expected);
-                if self.unpacker.decompress(plain, body) != Ok(expected) {
-                    return Err(FrameError::Broken { expected });
+                self.plain.reserve_exact(expected);
+                match unpacker.decompress(&mut self.plain, body) {
+                    Ok(len) if len == expected => Ok(&self.plain),
+                    _ => Err(FrameError::Broken { expected }),
                 }
             }
         }
-        Ok(())
-    }
-}
-
-impl Default for Decoder {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -305,15 +301,14 @@ mod tests {
             prop_assert!(wire.len() <= device.len() + PREFIX_LEN * len.div_ceil(1 << 12));
             let geometry = geometry(len as u64);
             let (mut reader, mut decoder) = (FrameReader::new(geometry, geometry.chunks()), Decoder::new());
-            let (mut got, mut again, mut plain) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut got, mut again) = (Vec::new(), Vec::new());
             let mut rest = &wire[..];
             for piece in pieces.iter().cycle() {
                 let (head, tail) = rest.split_at((*piece).min(rest.len()));
                 rest = tail;
                 reader.push(head);
                 while let Some((chunk, frame)) = reader.next_frame().unwrap() {
-                    decoder.decode(frame, geometry.chunk_len(chunk), &mut plain).unwrap();
-                    got.extend_from_slice(&plain);
+                    got.extend_from_slice(decoder.decode(frame, geometry.chunk_len(chunk)).unwrap());
                     frame.write(&mut again);
                 }
                 if rest.is_empty() {
@@ -330,10 +325,10 @@ mod tests {
             let geometry = geometry(len);
             let mut reader = FrameReader::new(geometry, geometry.chunks());
             reader.push(&bytes);
-            let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
+            let mut decoder = Decoder::new();
             while let Ok(Some((chunk, frame))) = reader.next_frame() {
-                let _ = decoder.decode(frame, geometry.chunk_len(chunk), &mut plain);
-                prop_assert!(plain.capacity() <= 1 << 13);
+                let _ = decoder.decode(frame, geometry.chunk_len(chunk));
+                prop_assert!(decoder.plain.capacity() <= 1 << 13);
             }
         }
     }
@@ -367,8 +362,7 @@ mod tests {
         let (frame, _) = Frame::split(&wire).unwrap();
         assert_eq!(frame.claimed_len(), Some(4096));
         for expected in [0, 4095, 4097] {
-            let error = Decoder::new().decode(frame, expected, &mut Vec::new());
-            assert_eq!(error, Err(FrameError::Broken { expected }));
+            assert_eq!(Decoder::new().decode(frame, expected), Err(FrameError::Broken { expected }));
         }
     }
 

@@ -217,13 +217,13 @@ impl Body {
         sink: &mut dyn ChunkSink,
     ) -> Result<(), Fault> {
         let mut frames = FrameReader::new(geometry, run);
-        let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
+        let mut decoder = Decoder::new();
         while let Some(bytes) = self.next().await? {
             sink.moved(bytes.len());
             frames.push(&bytes);
             while let Some((chunk, frame)) = frames.next_frame().map_err(Fault::wrong)? {
-                decoder.decode(frame, geometry.chunk_len(chunk), &mut plain).map_err(Fault::wrong)?;
-                sink.frame(chunk, &plain, frame).map_err(Fault::wrong)?;
+                let plain = decoder.decode(frame, geometry.chunk_len(chunk)).map_err(Fault::wrong)?;
+                sink.frame(chunk, plain, frame).map_err(Fault::wrong)?;
             }
         }
         frames.finish().map_err(Fault::wrong)

@@ -196,7 +196,7 @@ impl Drop for Streams<'_> {
 
 /// Decodes and stores frames until there are no more. What cannot be stored is fetched again later.
 fn write_frames(mut frames: mpsc::Receiver<Received>, incoming: &Incoming, chunk_len: u64, relay: &Relay) {
-    let (mut decoder, mut plain) = (Decoder::new(), Vec::new());
+    let mut decoder = Decoder::new();
     while let Some(received) = frames.blocking_recv() {
         let frame = if received.is_plain { Frame::Plain(&received.body) } else { Frame::Packed(&received.body) };
         incoming.count(received.kind, frame.wire_len());
@@ -206,13 +206,12 @@ fn write_frames(mut frames: mpsc::Receiver<Received>, incoming: &Incoming, chunk
         }
         // What unpacks to less or more is no chunk.
         let len = frame.claimed_len().filter(|len| *len <= chunk_len).and_then(|len| usize::try_from(len).ok());
-        let decoded = len.is_some_and(|len| decoder.decode(frame, len, &mut plain).is_ok());
-        if !decoded {
+        let Some(plain) = len.and_then(|len| decoder.decode(frame, len).ok()) else {
             tracing::warn!(chunk = %received.chunk, "a followed chunk cannot be decoded: it is fetched again");
             relay.note_fault();
             continue;
-        }
-        if let Err(error) = incoming.write_frame(received.chunk, &plain, frame, received.kind) {
+        };
+        if let Err(error) = incoming.write_frame(received.chunk, plain, frame, received.kind) {
             tracing::warn!(chunk = %received.chunk, %error, "a followed chunk cannot be stored");
             return;
         }

@@ -137,10 +137,9 @@ async fn known(ingester: &Ingester, blob: &BlobRef) -> Arc<Known> {
 fn decode(geometry: Geometry, run: std::ops::Range<u32>, wire: &[u8]) -> Vec<u8> {
     let (mut reader, mut decoder) = (FrameReader::new(geometry, run), Decoder::new());
     reader.push(wire);
-    let (mut device, mut plain) = (Vec::new(), Vec::new());
+    let mut device = Vec::new();
     while let Some((chunk, frame)) = reader.next_frame().unwrap() {
-        decoder.decode(frame, geometry.chunk_len(chunk), &mut plain).unwrap();
-        device.extend_from_slice(&plain);
+        device.extend_from_slice(decoder.decode(frame, geometry.chunk_len(chunk)).unwrap());
     }
     reader.finish().unwrap();
     device

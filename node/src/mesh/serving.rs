@@ -119,6 +119,7 @@ impl LayerServer for Sharing {
                 return Err(ServeError::Absent);
             }
             let slot = self.admit(blob, run.start, &asker)?;
+            layer.store().note_shared();
             Ok(Frames { len: None, chunk_log2: None, stream: given(layer, run, slot) })
         })
     }

@@ -71,6 +71,8 @@ pub(crate) struct LayerStore {
     /// What is taken of the room for the device.
     charged: AtomicU64,
     proven: AtomicBool,
+    /// [`LayerStore::note_shared`].
+    is_shared: AtomicBool,
     is_quarantined: AtomicBool,
     quarantined: Mutex<Option<String>>,
     faults: Faults,
@@ -333,6 +335,7 @@ impl LayerStore {
             pins: Mutex::new(pins),
             charged: AtomicU64::new(0),
             proven: AtomicBool::new(state.proven),
+            is_shared: AtomicBool::new(false),
             is_quarantined: AtomicBool::new(false),
             quarantined: Mutex::default(),
             faults: Faults::default(),
@@ -376,6 +379,11 @@ impl LayerStore {
         {
             self.wire.keep(chunk, &digest, frame);
         }
+    }
+
+    /// Other nodes ask for chunks: until the layer is proven, what came stays in the page cache, where they find it.
+    pub(crate) fn note_shared(&self) {
+        self.is_shared.store(true, Ordering::Relaxed);
     }
 
     /// Appends the wire form of a chunk as it came, where it was kept.
@@ -477,7 +485,7 @@ impl LayerStore {
             out.clear();
             out.resize((range.end - range.start) as usize, 0);
             let read = if is_on_disk {
-                self.device.read_once_at(out, range.start)
+                self.read_device(out, range.start)
             } else {
                 chunks.clone().try_for_each(|chunk| self.read_chunk_part(chunk, range, held, out))
             };
@@ -601,6 +609,9 @@ impl LayerStore {
                 self.proven.store(true, Ordering::Release);
             }
             self.write_clean(&mut on_disk)?;
+            if self.is_shared.load(Ordering::Relaxed) {
+                self.device.give_pages_back(0..self.header.device_size());
+            }
             return Ok(Proof::Proven);
         }
         // Is it the disk or the index?
@@ -698,13 +709,22 @@ impl LayerStore {
         let out = out.get_mut((part.start - range.start) as usize..(part.end - range.start) as usize);
         let out = out.ok_or_else(missing)?;
         if self.here.get(chunk) {
-            return self.device.read_once_at(out, part.start);
+            return self.read_device(out, part.start);
         }
         let kept = |among: &[Held]| among.iter().find(|held| held.chunk == chunk).map(|held| held.plain.clone());
         let plain = kept(held).or_else(|| kept(self.unstored.lock().make_contiguous())).ok_or_else(missing)?;
         let from = (part.start - place.start) as usize..(part.end - place.start) as usize;
         out.copy_from_slice(plain.get(from).ok_or_else(missing)?);
         Ok(())
+    }
+
+    fn read_device(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.keeps_pages() { self.device.read_at(out, offset) } else { self.device.read_once_at(out, offset) }
+    }
+
+    /// Whether what came stays in the page cache.
+    fn keeps_pages(&self) -> bool {
+        self.is_shared.load(Ordering::Relaxed) && !self.is_proven()
     }
 
     fn flush_locked(&self, on_disk: &mut OnDisk) -> Result<(), StoreError> {
@@ -727,7 +747,9 @@ impl LayerStore {
             unsynced.dropped.extend(taken.dropped);
             return Err(error);
         }
-        for run in runs(taken.written) {
+        // Those who just heard of them are about to ask for them; the proof reads them once more, and gives them back.
+        let keeps_pages = self.keeps_pages();
+        for run in runs(taken.written).into_iter().filter(|_| !keeps_pages) {
             let geometry = self.geometry();
             let start = geometry.range(ChunkIndex(run.start)).start;
             self.device.give_pages_back(start..geometry.range(ChunkIndex(run.end)).start);

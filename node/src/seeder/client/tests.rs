@@ -74,11 +74,10 @@ async fn resolves_follows_and_fetches_with_and_without_tls() {
                 other => panic!("{:?}", other.err()),
             }
         };
-        let (mut device, mut plain, mut decoder) = (Vec::new(), Vec::new(), Decoder::new());
+        let (mut device, mut decoder) = (Vec::new(), Decoder::new());
         while let Some((chunk, frame)) = follow.next().await.unwrap() {
             let len = (sample.device.len() - ((chunk.0 as usize) << 17)).min(1 << 17);
-            decoder.decode(frame, len, &mut plain).unwrap();
-            device.extend_from_slice(&plain);
+            device.extend_from_slice(decoder.decode(frame, len).unwrap());
         }
         assert_eq!(device, sample.device);
         let (header, signed) = ready(&mut resolution).await;
