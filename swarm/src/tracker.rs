@@ -857,7 +857,7 @@ mod tests {
             (0..64)
                 .step_by(4)
                 .map(|from| from..from + 4)
-                .chain([0..4])
+                .chain(std::iter::once(0..4))
                 .map(ask)
                 .filter(|answer| *answer != Answer::Serve)
                 .count()
