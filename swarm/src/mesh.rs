@@ -562,7 +562,7 @@ impl Swarm {
                     continue;
                 }
             }
-            let joins = |chunk: u32| queued.contains(chunk) && has.contains(chunk);
+            let joins = |chunk: u32| joins_run(book, priority, class, chunk) && has.contains(chunk);
             return Some((id, self.run(book, chunk, self.config.peer_run_bytes, joins)));
         }
         None
@@ -598,7 +598,8 @@ impl Swarm {
         let (id, _) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
         let is_small = is_crowd || priority == Priority::Background;
         let bytes = if is_small { self.config.peer_run_bytes } else { self.config.demand_run_bytes };
-        let joins = |chunk: u32| queued.contains(chunk) && !mesh.peers_have.contains(chunk);
+        let class = self.class(book, priority);
+        let joins = |chunk: u32| joins_run(book, priority, class, chunk) && !mesh.peers_have.contains(chunk);
         Some((id, self.run(book, chunk, bytes, joins)))
     }
 
@@ -697,6 +698,13 @@ impl Swarm {
         }
         chunk..end
     }
+}
+
+/// Whether a chunk goes with a run of those that are queued with `priority`: what is read ahead comes with what is demanded before
+/// it and saves a request, unless so much is demanded that the limits of another class hold.
+fn joins_run(book: &Book, priority: Priority, class: Priority, chunk: u32) -> bool {
+    let is_queued = |priority| book.queued_set(priority).contains(chunk);
+    is_queued(priority) || (class == Priority::Demand && is_queued(Priority::Readahead))
 }
 
 /// In order, those that touch as one.
