@@ -562,7 +562,7 @@ impl Swarm {
                     continue;
                 }
             }
-            let joins = |chunk: u32| joins_run(book, priority, class, chunk) && has.contains(chunk);
+            let joins = |chunk: u32| queued.contains(chunk) && has.contains(chunk);
             return Some((id, self.run(book, chunk, self.config.peer_run_bytes, joins)));
         }
         None
@@ -598,8 +598,12 @@ impl Swarm {
         let (id, _) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
         let is_small = is_crowd || priority == Priority::Background;
         let bytes = if is_small { self.config.peer_run_bytes } else { self.config.demand_run_bytes };
-        let class = self.class(book, priority);
-        let joins = |chunk: u32| joins_run(book, priority, class, chunk) && !mesh.peers_have.contains(chunk);
+        let ahead = book.queued_set(Priority::Readahead);
+        // What is read ahead comes with what is demanded before it and saves a request. Where there are neighbours it is left to
+        // be shared among them: else who is first would fetch all, and give it to all others.
+        let takes_ahead = priority == Priority::Demand && !has_neighbours(book);
+        let is_next = |chunk: u32| queued.contains(chunk) || (takes_ahead && ahead.contains(chunk));
+        let joins = |chunk: u32| is_next(chunk) && !mesh.peers_have.contains(chunk);
         Some((id, self.run(book, chunk, bytes, joins)))
     }
 
@@ -681,8 +685,7 @@ impl Swarm {
     /// Whether more is wanted at once than one reader wants, where others may want the same. A node without neighbours shares
     /// the seeder with nobody, and has nobody to get a chunk from that it leaves to others.
     fn is_crowd(&self, book: &Book, priority: Priority) -> bool {
-        let has_neighbours = || book.sources.values().any(|offer| offer.has.is_some());
-        book.queued_set(priority).count() > self.config.ordered_max && has_neighbours()
+        book.queued_set(priority).count() > self.config.ordered_max && has_neighbours(book)
     }
 
     /// The unit in which delegates share a blob.
@@ -700,11 +703,9 @@ impl Swarm {
     }
 }
 
-/// Whether a chunk goes with a run of those that are queued with `priority`: what is read ahead comes with what is demanded before
-/// it and saves a request, unless so much is demanded that the limits of another class hold.
-fn joins_run(book: &Book, priority: Priority, class: Priority, chunk: u32) -> bool {
-    let is_queued = |priority| book.queued_set(priority).contains(chunk);
-    is_queued(priority) || (class == Priority::Demand && is_queued(Priority::Readahead))
+/// Whether there is anybody to share the layer with.
+fn has_neighbours(book: &Book) -> bool {
+    book.sources.values().any(|offer| offer.has.is_some())
 }
 
 /// In order, those that touch as one.

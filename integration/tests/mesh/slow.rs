@@ -5,7 +5,7 @@ use lab::crowd::{Case, Progress};
 use lab::network::Place;
 use lab::sandbox::run_test;
 
-use crate::faults::{SLOW, still_reading, wait_until_it_gives};
+use crate::faults::{SLOW, still_reading, wait_until_one_gives};
 use crate::{NODES, Stage};
 
 #[test]
@@ -16,7 +16,7 @@ fn a_frozen_seeder_is_not_missed_where_a_node_has_all() {
         stage.scene.network.set_speed(SLOW)?;
         stage.pull(&crowd.nodes)?;
         let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_it_gives(&stage, &crowd.nodes[0])?;
+        wait_until_one_gives(&stage, &crowd.nodes)?;
         let before = crowd.flows(&stage.scene)?;
         freeze_seeder(&stage, true)?;
         still_reading(&mut readers)?;
@@ -38,7 +38,7 @@ fn a_frozen_seeder_is_done_without() {
         let late = crowd.nodes.split_off(NODES - 1);
         stage.pull(&crowd.nodes)?;
         let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_it_gives(&stage, &crowd.nodes[0])?;
+        wait_until_one_gives(&stage, &crowd.nodes)?;
         let before = crowd.flows(&stage.scene)?;
         freeze_seeder(&stage, true)?;
         still_reading(&mut readers)?;
@@ -69,7 +69,7 @@ fn a_seeder_that_sends_next_to_nothing_is_done_without() {
         stage.scene.network.set_speed(SLOW)?;
         stage.pull(&crowd.nodes)?;
         let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_it_gives(&stage, &crowd.nodes[0])?;
+        wait_until_one_gives(&stage, &crowd.nodes)?;
         let before = crowd.flows(&stage.scene)?;
         stage.scene.network.throttle(Place::Seeder, 100)?;
         still_reading(&mut readers)?;

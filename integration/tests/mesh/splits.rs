@@ -6,7 +6,7 @@ use lab::network::Link;
 use lab::process::wait_for;
 use lab::sandbox::run_test;
 
-use crate::faults::{PATIENCE, SLOW, SOME, still_reading, wait_until_it_gives};
+use crate::faults::{PATIENCE, SLOW, SOME, still_reading, wait_until_one_gives};
 use crate::{NODES, Stage};
 
 /// Speed of all links in Mbit/s at which nothing is over before the test says so.
@@ -24,7 +24,7 @@ fn a_network_that_was_in_two_parts_is_one_again() {
         let apart = crowd.nodes.split_off(NODES - 2);
         let places: Vec<_> = apart.iter().map(lab::scene::Node::place).collect();
         let (mut readers, mut cut_off) = (stage.read_all(&crowd.nodes)?, stage.read_all(&apart)?);
-        wait_until_it_gives(&stage, &apart[0])?;
+        wait_until_one_gives(&stage, &crowd.nodes)?;
         stage.scene.network.split(&places, true)?;
         still_reading(&mut readers)?;
         still_reading(&mut cut_off)?;
