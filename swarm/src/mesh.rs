@@ -55,6 +55,9 @@ pub enum Message {
     },
 }
 
+/// Who knows no neighbour so long after it opened a layer is alone with it: a thousand nodes that start at once do not all ask the
+/// seeder meanwhile.
+const INTRODUCED: Duration = Duration::from_millis(200);
 /// Most assignments that wait: more are not believed.
 const ASSIGNED_MAX: usize = 4096;
 /// Of so many chunks the rarest is fetched.
@@ -601,7 +604,7 @@ impl Swarm {
         let ahead = book.queued_set(Priority::Readahead);
         // What is read ahead comes with what is demanded before it and saves a request. Where there are neighbours it is left to
         // be shared among them: else who is first would fetch all, and give it to all others.
-        let takes_ahead = priority == Priority::Demand && !has_neighbours(book);
+        let takes_ahead = priority == Priority::Demand && self.is_alone(book);
         let is_next = |chunk: u32| queued.contains(chunk) || (takes_ahead && ahead.contains(chunk));
         let joins = |chunk: u32| is_next(chunk) && !mesh.peers_have.contains(chunk);
         Some((id, self.run(book, chunk, bytes, joins)))
@@ -685,7 +688,13 @@ impl Swarm {
     /// Whether more is wanted at once than one reader wants, where others may want the same. A node without neighbours shares
     /// the seeder with nobody, and has nobody to get a chunk from that it leaves to others.
     fn is_crowd(&self, book: &Book, priority: Priority) -> bool {
-        book.queued_set(priority).count() > self.config.ordered_max && has_neighbours(book)
+        book.queued_set(priority).count() > self.config.ordered_max && !self.is_alone(book)
+    }
+
+    /// Whether there is nobody to share the layer with, and neighbours would have been introduced by now.
+    fn is_alone(&self, book: &Book) -> bool {
+        let is_settled = book.mesh.as_ref().is_none_or(|mesh| mesh.opened + INTRODUCED <= self.now);
+        is_settled && book.sources.values().all(|offer| offer.has.is_none())
     }
 
     /// The unit in which delegates share a blob.
@@ -701,11 +710,6 @@ impl Swarm {
         }
         chunk..end
     }
-}
-
-/// Whether there is anybody to share the layer with.
-fn has_neighbours(book: &Book) -> bool {
-    book.sources.values().any(|offer| offer.has.is_some())
 }
 
 /// In order, those that touch as one.
