@@ -129,7 +129,7 @@ impl Source {
 
     /// When it last gave any sign of life.
     pub(crate) fn alive_at(&self) -> Duration {
-        self.alive_at.max(self.moved_at)
+        self.alive_at
     }
 
     /// It has failed for at least so long.

@@ -39,18 +39,15 @@ pub async fn complete(socket: &Path, blobs: &[Digest], mut show: impl FnMut(&Com
     let mut lost: Option<Instant> = None;
     loop {
         let asked = async {
-            let mut progress =
-                connect(socket).await.map_err(anyhow::Error::from)?.complete(request.clone()).await?.into_inner();
-            let mut last = CompleteProgress::default();
+            let mut progress = connect(socket).await?.complete(request.clone()).await?.into_inner();
             while let Some(next) = progress.message().await? {
                 lost = None;
                 show(&next);
-                last = next;
             }
-            anyhow::Ok(last)
+            anyhow::Ok(())
         };
         match asked.await {
-            Ok(_) => return Ok(()),
+            Ok(()) => return Ok(()),
             Err(error) => {
                 // What the daemon itself decided stays so; a connection that is lost or cannot be made may come back.
                 let decided = error.downcast_ref::<tonic::Status>().filter(|status| {
