@@ -1,6 +1,7 @@
 //! A line to a machine that fails in all ways in which lines and machines do.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -51,6 +52,14 @@ const SLOW: usize = 500;
 /// Bytes of a connection's answers before [`Fault::Truncated`] ends it.
 const TRUNCATED: usize = 20_000;
 
+/// An address of this machine that no other test of this process has: a port that is given up for a moment stays free there.
+pub(super) fn own_ip() -> Ipv4Addr {
+    static LAST: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = LAST.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    // Two processes seldom have the same.
+    Ipv4Addr::new(127, (std::process::id() % 200 + 50) as u8, high, low)
+}
+
 /// The line; dropping it closes it.
 pub(super) struct Line {
     address: SocketAddr,
@@ -67,7 +76,7 @@ impl Drop for Line {
 impl Line {
     /// A line that works, to what listens at `target` by the time that it is needed.
     pub(super) async fn to(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind((own_ip(), 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (fault, faults) = watch::channel(Fault::None);
         let server = tokio::spawn(accept(Some(listener), address, target, faults));
@@ -99,11 +108,7 @@ async fn accept(
                     return;
                 }
             }
-            // Somebody else may have the port for a moment.
-            None => match TcpListener::bind(address).await {
-                Ok(bound) => listener = Some(bound),
-                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-            },
+            None => listener = Some(TcpListener::bind(address).await.unwrap()),
             Some(bound) => tokio::select! {
                 accepted = bound.accept() => {
                     if let Ok((stream, _)) = accepted {

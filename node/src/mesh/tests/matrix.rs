@@ -1,6 +1,7 @@
 //! Every source with every fault at every operation: nothing fails while one of them works, nothing wrong is ever believed, and
 //! a pull that fails says why.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -8,7 +9,7 @@ use layer::ChunkIndex;
 use tokio::sync::watch;
 
 use super::cluster::{Cluster, Member, MemberSetup, PATIENCE, Seeder, read_all, until};
-use super::line::{Fault, Line};
+use super::line::{Fault, Line, own_ip};
 use crate::ingest::tests::Sample;
 use crate::registry::fake::{Behaviour, Odd};
 use crate::resolve::{Progress, ResolveError};
@@ -41,13 +42,13 @@ impl Case {
         let the_seeder = cluster.seeder("seeder", 0).await;
         let sample = Sample::small(seed);
         let blob = cluster.registry.put_blob(sample.blob.clone());
-        let listen = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap();
+        let listen = SocketAddr::from((own_ip(), 7071));
         let peer = Line::to(listen).await;
         let setup =
             MemberSetup { listen: listen.to_string(), address: peer.address().to_string(), ..MemberSetup::default() };
         let first = cluster.member_as("first", &[the_seeder.address], setup);
         read_all(&first.resolve(&blob).await, &sample).await;
-        until("it is joined", || the_seeder.members() == [(blob.digest, 1)]).await;
+        until(&format!("case {seed} is joined"), || the_seeder.members() == [(blob.digest, 1)]).await;
 
         let registry = Line::to(cluster.registry.address()).await;
         let seeder = Line::to(the_seeder.address).await;
@@ -84,9 +85,10 @@ async fn for_all<F: Future<Output = ()>>(one: impl Fn(u32, SourceKind, Fault) ->
 async fn with_one_source(seed: u32, working: SourceKind, fault: Fault, is_read: bool) {
     let case = Case::new(300 + seed).await;
     let layer = case.member.resolve(&case.blob).await;
-    until("the neighbour is known", || case.member.mesh.watch().standing().neighbours > 0).await;
+    until(&format!("the neighbour of case {seed} is known"), || case.member.mesh.watch().standing().neighbours > 0)
+        .await;
     // Without it nobody can read a registry's blob in parts.
-    until("the spans are here", || layer.spans().is_ok_and(|spans| spans.is_some())).await;
+    until(&format!("the spans of case {seed} are here"), || layer.spans().is_ok_and(|spans| spans.is_some())).await;
     case.fail_all_but(working, fault);
     let began = Instant::now();
     if is_read {
