@@ -35,10 +35,23 @@ const RELEASED: TableDefinition<u64, &[u8]> = TableDefinition::new("released");
 /// The open file.
 #[derive(Debug)]
 pub struct Records {
-    path: PathBuf,
+    place: Box<dyn Place>,
     /// `None` after a failure of the disk, until the file could be opened again.
     database: RwLock<Option<Database>>,
 }
+
+/// Where the records are.
+trait Place: std::fmt::Debug + Send + Sync {
+    /// For errors.
+    fn path(&self) -> &Path;
+
+    /// Opens the database, or makes it where there is none.
+    fn open(&self) -> Result<Database, OpenError>;
+}
+
+/// A file.
+#[derive(Debug)]
+struct OnDisk(PathBuf);
 
 /// A snapshot that is to be created as an active one or a view.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,8 +93,13 @@ pub struct ReleasedRecord {
 impl Records {
     /// Opens or creates the file at `path`. A file that was not closed is repaired; every page's checksum is verified.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        let database = open_database(path)?;
-        Ok(Self { path: path.to_owned(), database: RwLock::new(Some(database)) })
+        Self::open_at(Box::new(OnDisk(path.to_owned())))
+    }
+
+    /// The same wherever they are.
+    fn open_at(place: Box<dyn Place>) -> Result<Self, OpenError> {
+        let database = open_database(&*place)?;
+        Ok(Self { place, database: RwLock::new(Some(database)) })
     }
 
     /// The smallest id that no record ever had.
@@ -348,7 +366,7 @@ impl Records {
         if let Err(StoreError::Records(error)) = &result
             && matches!(**error, redb::Error::Io(_) | redb::Error::PreviousIo)
         {
-            tracing::error!(path = %self.path.display(), %error, "cannot use the snapshot records: opening them again");
+            tracing::error!(path = %self.place.path().display(), %error, "cannot use the snapshot records: opening them again");
             // If that fails too, the next call tries again; what failed now is the answer in any case.
             let _ = self.reopen(&mut self.database.write());
         }
@@ -357,7 +375,7 @@ impl Records {
 
     fn reopen(&self, database: &mut Option<Database>) -> Result<(), StoreError> {
         *database = None;
-        match open_database(&self.path) {
+        match open_database(&*self.place) {
             Ok(opened) => *database = Some(opened),
             Err(OpenError::Records { source, .. }) => return Err(StoreError::Records(source)),
             // A read that is under way still has the file: the next call tries again.
@@ -381,20 +399,36 @@ pub enum LazyCommitOutcome {
 
 const NEXT_ID: &str = "next_id";
 
-fn open_database(path: &Path) -> Result<Database, OpenError> {
-    let failed = |error: redb::Error| OpenError::Records { path: path.to_owned(), source: Box::new(error) };
-    create_database(path).map_err(|error| failed(error.into()))?;
-    let database = builder().open(path).map_err(|error| match error {
-        redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
-        error => failed(error.into()),
-    })?;
-    let found = initialise(&database).map_err(failed)?;
+fn open_database(place: &dyn Place) -> Result<Database, OpenError> {
+    let database = place.open()?;
+    let found = initialise(&database).map_err(failed(place.path()))?;
     if found > FORMAT {
-        return Err(OpenError::NewerFormat { path: PathBuf::from(path), found, supported: FORMAT });
+        let path = place.path().to_owned();
+        return Err(OpenError::NewerFormat { path, found, supported: FORMAT });
     }
-    // What cannot be had now was not needed yet.
-    let _ = fill_holes(path);
     Ok(database)
+}
+
+fn failed(path: &Path) -> impl Fn(redb::Error) -> OpenError + '_ {
+    |error| OpenError::Records { path: path.to_owned(), source: Box::new(error) }
+}
+
+impl Place for OnDisk {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn open(&self) -> Result<Database, OpenError> {
+        let Self(path) = self;
+        create_database(path).map_err(|error| failed(path)(error.into()))?;
+        let database = builder().open(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
+            error => failed(path)(error.into()),
+        })?;
+        // What cannot be had now was not needed yet.
+        let _ = fill_holes(path);
+        Ok(database)
+    }
 }
 
 fn builder() -> redb::Builder {
@@ -558,6 +592,9 @@ fn damaged(key: &str, reason: std::fmt::Arguments<'_>) -> StoreError {
 fn now() -> SystemTime {
     SystemTime::now().max(UNIX_EPOCH)
 }
+
+#[cfg(test)]
+mod power;
 
 #[cfg(test)]
 mod tests {
