@@ -5,6 +5,7 @@
 //! key ([`signature`]). With `security = "off"` there is neither.
 
 pub mod ca;
+pub mod clock;
 pub mod identity;
 pub mod signature;
 pub mod tls;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::config::{MtlsConfig, SecurityConfig};
+pub use clock::Clock;
 pub use identity::Identity;
 pub use signature::{Signed, Signer, TrustError, Verifier};
 pub use token::TokenError;
@@ -157,6 +159,23 @@ impl Security {
     /// Whether connections are mutual TLS.
     pub const fn is_mutual(&self) -> bool {
         matches!(self, Self::Mutual(_))
+    }
+
+    /// The clock that validities are compared with.
+    pub fn clock(&self) -> Clock {
+        match self {
+            Self::Off => Clock::default(),
+            Self::Mutual(identity) => identity.clock(),
+        }
+    }
+
+    /// The same machine with another clock; nobody may have it yet.
+    #[cfg(test)]
+    pub(crate) fn with_clock(self, clock: Clock) -> Self {
+        let Self::Mutual(identity) = self else { return self };
+        let mut identity = Arc::into_inner(identity).expect("it is nobody else's");
+        identity.set_clock(clock);
+        Self::Mutual(Arc::new(identity))
     }
 
     /// What to check received indexes with.

@@ -48,7 +48,7 @@ pub enum EnrolError {
 pub async fn run(identity: Arc<Identity>, seeders: Client, token: PathBuf) {
     let mut failures = 0;
     loop {
-        let now = SystemTime::now();
+        let now = identity.clock().now();
         let valid = identity.credentials().ok().map(|credentials| credentials.validity.clone());
         let valid = valid.filter(|valid| now < valid.end);
         let due = valid.as_ref().map_or(Duration::ZERO, |valid| due_in(valid.start, valid.end, now));
@@ -125,7 +125,8 @@ fn take(identity: &Identity, key: &KeyPair, certificate: Certificate) -> Result<
 
 /// Until two thirds of the way from the issue of a certificate that is valid from `start` to `end`.
 fn due_in(start: SystemTime, end: SystemTime, now: SystemTime) -> Duration {
-    let issued = start + ca::CLOCK_SKEW;
+    // One from a version that took less care of clocks, for a short time, was issued later than it began, and earlier than this.
+    let issued = Some(start + ca::CLOCK_SKEW).filter(|issued| *issued < end).unwrap_or(start);
     let whole = end.duration_since(issued).unwrap_or_default();
     (issued + whole * 2 / 3).duration_since(now).unwrap_or_default()
 }
@@ -161,5 +162,7 @@ mod tests {
         assert_eq!(due(900, 0), 600);
         assert_eq!(due(900, 500), 100);
         assert_eq!(due(900, 700), 0);
+        let (start, end) = (issued - Duration::from_secs(3600), issued + Duration::from_secs(900));
+        assert_eq!(due_in(start, end, issued + Duration::from_secs(100)), Duration::ZERO);
     }
 }

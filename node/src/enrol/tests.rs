@@ -13,7 +13,7 @@ use crate::security::ca::{self, AUTHORITY_VALIDITY, Authority};
 use crate::security::identity::Identity;
 use crate::security::tests::TestCluster;
 use crate::security::token::{self, Token};
-use crate::security::{Role, Security};
+use crate::security::{Clock, Role, Security};
 use crate::seeder::{Client, Options, SeederError};
 use crate::serve::{Limits, Listener};
 
@@ -42,8 +42,12 @@ impl Seeder {
 }
 
 fn node(root: &Path) -> (Security, Arc<Identity>) {
+    node_at(root, Clock::default())
+}
+
+fn node_at(root: &Path, clock: Clock) -> (Security, Arc<Identity>) {
     let config = SecurityConfig::Enrol(EnrolConfig { token: root.join("token") });
-    let security = Security::load(&config, Role::Node, root).unwrap();
+    let security = Security::load(&config, Role::Node, root).unwrap().with_clock(clock);
     match &security {
         Security::Mutual(identity) => (security.clone(), Arc::clone(identity)),
         Security::Off => panic!("no identity"),
@@ -95,6 +99,29 @@ async fn a_node_with_a_token_becomes_one_of_the_cluster_and_stays_it() {
         Role::and_name(&webpki::EndEntityCert::try_from(&der).unwrap()).unwrap()
     };
     assert_eq!(name(&certificate.chain[0]), name(&leaf(&same)));
+}
+
+/// As that of a machine that takes its local time for UTC.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_clock_is_an_hour_off_enrols() {
+    let cluster = TestCluster::new();
+    let seeder = Seeder::start(&cluster.security(Role::Seeder, "s"), cluster.path()).await;
+    for ahead in [-3600, 3600] {
+        let root = tempfile::tempdir().unwrap();
+        let token = token::create(cluster.path(), HOUR, 24 * HOUR).unwrap();
+        std::fs::write(root.path().join("token"), token.to_string()).unwrap();
+        let (security, identity) = node_at(root.path(), Clock::ahead_by(ahead));
+        let client = seeder.client(&security);
+        let running = tokio::spawn(client::run(Arc::clone(&identity), client.clone(), root.path().join("token")));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while identity.credentials().is_err() {
+            assert!(Instant::now() < deadline, "{ahead} s ahead: it is enrolled in time");
+            identity.settle().await;
+            tokio::task::yield_now().await;
+        }
+        client.is_there().await.unwrap();
+        running.abort();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
 use axum::extract::{Path, Request, State};
@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use super::{Grant, GrantError, HEADER, Stage, of_header};
 use crate::ingest::Ingester;
 use crate::security::tls::Caller;
-use crate::security::{Security, Verifier};
+use crate::security::{Clock, Security, Verifier};
 
 /// Tokens that were verified and are remembered, so that a request costs a hash and not a signature.
 const VERIFIED_MAX: usize = 16 << 10;
@@ -34,6 +34,9 @@ struct Shared {
     is_on: AtomicBool,
     /// What each seeder said; nothing yet where it is empty.
     told: Mutex<BTreeMap<String, bool>>,
+    /// What the clock of each seeder showed, and when it was asked.
+    clocks: Mutex<BTreeMap<String, (SystemTime, Instant)>>,
+    own_clock: Clock,
     /// Where what they said is kept.
     file: Option<PathBuf>,
     /// Who ingests here.
@@ -60,6 +63,8 @@ impl Demand {
             verifier: security.verifier(),
             is_on: AtomicBool::new(is_on),
             told: Mutex::default(),
+            clocks: Mutex::default(),
+            own_clock: security.clock(),
             file: file.filter(|_| security.is_mutual()),
             ingester,
             verified: Mutex::default(),
@@ -96,12 +101,27 @@ impl Demand {
         }
     }
 
+    /// The clock of `seeder` shows `seconds` since 1970, or did at some moment since `asked`. Grants are made by its clock and judged
+    /// by it from now on, as far as this machine's own runs as fast: nodes whose clocks differ know the same grants to be good. The
+    /// later a word comes, the later the seeder's time seems to be, and the sooner grants end.
+    pub(crate) fn tell_time(&self, seeder: &str, seconds: u64, asked: Instant) {
+        let Some(shown) = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)) else { return };
+        self.shared.clocks.lock().insert(seeder.to_owned(), (shown, asked));
+    }
+
+    /// What the clocks show that grants are made by; this machine's own where no seeder has said.
+    fn times(&self, own: SystemTime) -> Vec<SystemTime> {
+        let clocks = self.shared.clocks.lock();
+        let times: Vec<_> = clocks.values().filter_map(|(shown, asked)| shown.checked_add(asked.elapsed())).collect();
+        if times.is_empty() { vec![own] } else { times }
+    }
+
     /// Lets only who shows a grant reach those routes of `router` that name a blob.
     pub fn guard(&self, router: Router) -> Router {
         router.route_layer(middleware::from_fn_with_state(self.clone(), guarded))
     }
 
-    /// Whether `caller` may have `blob` at `now` with the grant in `header`.
+    /// Whether `caller` may have `blob` with the grant in `header`. `now` is what this machine's clock shows.
     pub fn check(
         &self,
         now: SystemTime,
@@ -117,7 +137,7 @@ impl Demand {
         if grant.blob != blob {
             return Err(GrantError::OtherLayer);
         }
-        grant.check_time(now)?;
+        check_times(&grant, &self.times(now))?;
         let is_ingested = || {
             let flight = self.shared.ingester.as_ref().and_then(|ingester| ingester.flight(blob));
             flight.is_some_and(|flight| flight.reads_from(&grant.registry))
@@ -138,8 +158,8 @@ impl Demand {
         let grant = Arc::new(Grant::open(&token, &self.shared.verifier)?);
         let mut verified = self.shared.verified.lock();
         if verified.len() >= VERIFIED_MAX {
-            let now = SystemTime::now();
-            verified.retain(|_, grant| grant.check_time(now).is_ok());
+            let times = self.times(self.shared.own_clock.now());
+            verified.retain(|_, grant| check_times(grant, &times).is_ok());
             if verified.len() >= VERIFIED_MAX {
                 verified.clear();
             }
@@ -165,12 +185,19 @@ async fn guarded(
     // What is no digest is no layer either, and the route says so.
     if let Ok(blob) = blob.parse() {
         let (caller, header) = (request.extensions().get::<Caller>(), request.headers().get(HEADER));
-        if let Err(error) = demand.check(SystemTime::now(), caller, blob, header) {
+        if let Err(error) = demand.check(demand.shared.own_clock.now(), caller, blob, header) {
             let wanted = [(HEADER, HeaderValue::from_static("wanted"))];
             return (StatusCode::FORBIDDEN, wanted, error.to_string()).into_response();
         }
     }
     next.run(request).await
+}
+
+/// A grant is good by the clock of one of those who make them.
+fn check_times(grant: &Grant, times: &[SystemTime]) -> Result<(), GrantError> {
+    let mut checked = times.iter().map(|now| grant.check_time(*now));
+    let first = checked.next().unwrap_or(Ok(()));
+    if first.is_ok() || checked.any(|checked| checked.is_ok()) { Ok(()) } else { first }
 }
 
 const fn text_of(grants: bool) -> &'static str {

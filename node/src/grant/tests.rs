@@ -22,7 +22,7 @@ use crate::registry;
 use crate::registry::fake::FakeRegistry;
 use crate::resolve::{Progress, ResolveError, Resolver};
 use crate::security::tests::TestCluster;
-use crate::security::{Role, Security};
+use crate::security::{Clock, Role, Security};
 use crate::seeder::{self, SeederError};
 use crate::serve::{self, Limits, Listener};
 use crate::source::{BlobRef, BoxFuture, ChunkSink, Priority, Source, SourceError, WrongChunk};
@@ -125,9 +125,18 @@ impl Scene {
         name: &str,
         password: Option<&str>,
     ) -> Result<std::sync::Arc<Layer>, ResolveError> {
-        let security = self.cluster.security(Role::Node, name);
+        self.resolve_as(&self.cluster.security(Role::Node, name), node, name, password).await
+    }
+
+    async fn resolve_as(
+        &self,
+        security: &Security,
+        node: &std::sync::Arc<Node>,
+        name: &str,
+        password: Option<&str>,
+    ) -> Result<std::sync::Arc<Layer>, ResolveError> {
         let registries = self.config(name, password);
-        let resolver = Resolver::new(node.clone(), &self.seeders(), &security, &registries);
+        let resolver = Resolver::new(node.clone(), &self.seeders(), security, &registries);
         let (progress, _) = watch::channel(Progress::default());
         tokio::time::timeout(PATIENCE, resolver.resolve(&self.blob, progress)).await.expect("it ends")
     }
@@ -342,6 +351,13 @@ async fn a_grant_is_good_for_its_machine_its_layer_and_its_time() {
     assert_eq!(check(grant.expires + 29, &header), Ok(()), "clocks differ");
     assert_eq!(check(grant.expires + 30, &header), Err(GrantError::Ended(30)));
     assert_eq!(check(grant.issued - 31, &header), Err(GrantError::Early(31)));
+    // What seeders' clocks show counts instead of the own one, and it is enough that it is good by one of them.
+    let told = Demand::of_node(&node, scene.folder.path().join("grants"));
+    let good = |told: &Demand| told.check(at(grant.issued), Some(&caller), blob, Some(&header)).is_ok();
+    told.tell_time("late", grant.expires + 1000, Instant::now());
+    assert!(!good(&told));
+    told.tell_time("right", grant.issued + 1, Instant::now());
+    assert!(good(&told));
 
     let other = crate::security::tls::Caller { key: Digest::of(b"another key"), ..caller.clone() };
     let stolen = demand.check(at(grant.issued), Some(&other), blob, Some(&header));
@@ -520,6 +536,45 @@ async fn fetch(source: &PeerSource, run: Range<u32>) -> Result<(), SourceError> 
     tokio::time::timeout(PATIENCE, source.fetch(run, Priority::Demand, &mut Anything)).await.expect("it ends")
 }
 
+/// Lets `node` give what it has to who shows what `demand` wants.
+async fn share(node: &std::sync::Arc<Node>, demand: &Demand, security: &Security) -> (std::net::SocketAddr, DropGuard) {
+    let sharing =
+        Sharing::new(node.clone(), swarm::UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
+    let router = demand.guard(serve::router(std::sync::Arc::new(sharing), 64));
+    let listener = Listener::bind("127.0.0.1:0", security, Limits::default()).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    tokio::spawn(listener.serve(router, stop.clone()));
+    (address, stop.drop_guard())
+}
+
+/// They read from the seeder, give to others, who show grants of the seeder's clock, and get from others.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_whose_clocks_are_an_hour_off_take_part() {
+    let scene = Scene::known(104, Duration::ZERO).await;
+    for (giver, taker) in [(-3600, 0), (3600, 0), (0, -3600), (0, 3600)] {
+        let what = format!("one that is {giver} s ahead gives to one that is {taker} s ahead");
+        let name = format!("giver{giver}{taker}");
+        let security = scene.cluster.security(Role::Node, "giver").with_clock(Clock::ahead_by(giver));
+        let node = scene.node(&name);
+        let layer = scene.resolve_as(&security, &node, &name, RIGHT).await.unwrap();
+        layer.read(0..1000).await.unwrap();
+        let demand = Demand::of_node(&security, node.root().join("grants"));
+        let (address, _stop) = share(&node, &demand, &security).await;
+        let theirs = scene.cluster.security(Role::Node, "taker").with_clock(Clock::ahead_by(taker));
+        let seeders = scene.client_of(theirs.clone(), "taker", RIGHT);
+        let grants = seeders.grants().clone();
+        let options = seeder::Options::default();
+        let peer = PeerClient::new(address, &theirs, OwnAddress::default(), Some(grants), options).unwrap();
+        let source = PeerSource::new(peer, scene.blob.digest, layer.geometry());
+        let unasked = fetch(&source, 0..1).await;
+        assert_eq!(unasked.is_ok(), giver == 0, "{what}: {unasked:?}");
+        demand.tell_time("s", seconds(SystemTime::now()), Instant::now());
+        fetch(&source, 0..1).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        node.shutdown().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_demand_what_seeders_tell_them_to() {
     let scene = Scene::known(99, Duration::ZERO).await;
@@ -530,14 +585,7 @@ async fn nodes_demand_what_seeders_tell_them_to() {
     let file = node.root().join("grants");
     let demand = Demand::of_node(&security, file.clone());
     assert!(demand.is_on(), "until somebody says otherwise");
-    let sharing =
-        Sharing::new(node.clone(), swarm::UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
-    let router = demand.guard(serve::router(std::sync::Arc::new(sharing), 64));
-    let listener = Listener::bind("127.0.0.1:0", &security, Limits::default()).await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let stop = CancellationToken::new();
-    let _stop = stop.clone().drop_guard();
-    tokio::spawn(listener.serve(router, stop));
+    let (address, _stop) = share(&node, &demand, &security).await;
 
     let options = seeder::Options::default();
     let source = |client| PeerSource::new(client, scene.blob.digest, layer.geometry());

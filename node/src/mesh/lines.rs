@@ -156,6 +156,7 @@ impl Lines {
         let hello = api::ToSeeder { message: Some(to_seeder::Message::Hello(self.hello.clone())) };
         let _ = outlet.try_send(hello);
         let mut client = TrackerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let asked = std::time::Instant::now();
         let opened = async {
             let mut incoming = client.join(ReceiverStream::new(outgoing)).await?.into_inner();
             match incoming.message().await?.and_then(|message| message.message) {
@@ -170,6 +171,10 @@ impl Lines {
             .parse()
             .map_err(|_| tonic::Status::internal(format!("a welcome to {:?}", welcome.address)))?;
         self.demand.tell(seeder, welcome.grants).await;
+        // One of a version before does not say.
+        if welcome.time > 0 {
+            self.demand.tell_time(seeder, welcome.time, asked);
+        }
         // Neighbours know this machine by the first address that it had, for the life of the process.
         if self.me.get().is_none() {
             self.me.set(Some(me));

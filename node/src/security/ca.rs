@@ -35,8 +35,9 @@ pub const AUTHORITY_VALIDITY: Duration = DAY.saturating_mul(3650);
 /// How long a certificate is valid unless said otherwise: one year. There is no revocation, so where certificates are
 /// renewed by a program, weeks are better.
 pub const CERTIFICATE_VALIDITY: Duration = DAY.saturating_mul(365);
-/// Certificates are valid from an hour ago on, for machines whose clock is behind.
-pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(60 * 60);
+/// Certificates are valid from two hours ago on, for machines whose clock is behind: an hour, as one that takes its local time for
+/// UTC, and what such clocks are off besides.
+pub(crate) const CLOCK_SKEW: Duration = Duration::from_secs(2 * 60 * 60);
 /// Longest name of a machine: it stands in a file name.
 const NAME_LEN_MAX: usize = 200;
 

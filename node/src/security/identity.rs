@@ -20,7 +20,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 use x509_parser::prelude::{ASN1Time, FromDer, X509Certificate};
 
-use super::{Role, SecurityError, tls};
+use super::{Clock, Role, SecurityError, tls};
 use crate::config::MtlsConfig;
 
 /// How often the files are looked at, at most. They are looked at only when somebody connects, so an idle machine does not.
@@ -33,6 +33,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// go on with what they began with.
 pub struct Identity {
     role: Role,
+    clock: Clock,
     files: MtlsConfig,
     seen: Mutex<Seen>,
     /// There is a certificate.
@@ -90,12 +91,29 @@ impl Identity {
 
     fn with(files: MtlsConfig, role: Role, seen: Seen, enrolled: bool) -> Self {
         let settled_at = tokio::time::Instant::now() + SETTLE;
-        Self { role, files, seen: Mutex::new(seen), enrolled: watch::Sender::new(enrolled), settled_at }
+        Self {
+            role,
+            clock: Clock::default(),
+            files,
+            seen: Mutex::new(seen),
+            enrolled: watch::Sender::new(enrolled),
+            settled_at,
+        }
     }
 
     /// The machine's role.
     pub const fn role(&self) -> Role {
         self.role
+    }
+
+    /// The clock that validities are compared with.
+    pub const fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    #[cfg(test)]
+    pub(super) const fn set_clock(&mut self, clock: Clock) {
+        self.clock = clock;
     }
 
     /// Waits until there is a certificate, in the first seconds of a machine that enrols.

@@ -144,7 +144,8 @@ impl Verifier {
     /// Checks that a seeder of the cluster signed `statement`. The chain must be valid now: this is for signatures
     /// that just arrived, not for those that were checked when they did.
     pub fn verify(&self, statement: &[u8], signed: &Signed) -> Result<(), TrustError> {
-        self.verify_at(UnixTime::now(), statement, signed)
+        let now = self.identity.as_ref().map_or_else(UnixTime::now, |identity| identity.clock().unix());
+        self.verify_at(now, statement, signed)
     }
 
     fn verify_at(&self, now: UnixTime, statement: &[u8], signed: &Signed) -> Result<(), TrustError> {

@@ -18,7 +18,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::identity::NotEnrolled;
-use super::{Identity, Role, token};
+use super::{Clock, Identity, Role, token};
 
 /// ALPN name of HTTP/1.1, for bulk bytes.
 pub const HTTP1: &[u8] = b"http/1.1";
@@ -56,7 +56,7 @@ fn client_of(
     verifier: Arc<dyn ServerCertVerifier>,
     alpn: &[u8],
 ) -> Result<Arc<ClientConfig>, Error> {
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::new(identity.clock()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
@@ -69,7 +69,7 @@ fn client_of(
 
 /// A server for machines of any role, over HTTP/1.1 and HTTP/2.
 pub fn server(identity: &Arc<Identity>) -> Result<Arc<ServerConfig>, Error> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(identity.clock()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(ClientRole { identity: Arc::clone(identity) }))
         .with_cert_resolver(Arc::new(OwnKey(Arc::clone(identity))));
@@ -81,7 +81,7 @@ pub fn server(identity: &Arc<Identity>) -> Result<Arc<ServerConfig>, Error> {
 
 /// A server for machines that have no certificate yet. It gives them nothing but the enrolment.
 pub fn enrolment_server(identity: &Arc<Identity>) -> Result<Arc<ServerConfig>, Error> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let mut config = ServerConfig::builder_with_details(provider(), Arc::new(identity.clock()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(OwnKeyAndAuthorities(Arc::clone(identity))));
@@ -91,8 +91,8 @@ pub fn enrolment_server(identity: &Arc<Identity>) -> Result<Arc<ServerConfig>, E
 }
 
 /// A client that has no certificate yet and believes the authority with the fingerprint `authority`.
-pub fn enrolment_client(authority: Digest) -> Result<Arc<ClientConfig>, Error> {
-    let mut config = ClientConfig::builder_with_provider(provider())
+pub fn enrolment_client(authority: Digest, clock: Clock) -> Result<Arc<ClientConfig>, Error> {
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::new(clock))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Pinned(authority)))

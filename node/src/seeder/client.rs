@@ -345,7 +345,8 @@ impl Client {
         certificate_request: &[u8],
         name: &str,
     ) -> Result<Certificate, SeederError> {
-        let config = tls::enrolment_client(token.authority()).map_err(|error| SeederError::None(error.to_string()))?;
+        let config = tls::enrolment_client(token.authority(), self.shared.security.clock())
+            .map_err(|error| SeederError::None(error.to_string()))?;
         let request = EnrolRequest {
             token: token.to_string(),
             certificate_request: certificate_request.to_vec(),

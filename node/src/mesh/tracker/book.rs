@@ -139,7 +139,8 @@ impl Book {
         let (cut, is_cut) = oneshot::channel();
         self.next_line += 1;
         let line = LineId { peer, number: self.next_line };
-        let welcome = Welcome { address: address.to_string(), grants: self.grants };
+        let time = crate::grant::seconds(std::time::SystemTime::now());
+        let welcome = Welcome { address: address.to_string(), grants: self.grants, time };
         let others = self.expelled.values().map(|address| from_seeder::Message::Expel(address.to_string()));
         let first = [from_seeder::Message::Welcome(welcome)].into_iter().chain(others);
         for message in first.take(QUEUE_MAX / 2) {

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use layer::Digest;
@@ -76,6 +76,7 @@ impl Seeder {
         let mut line = self.call(Hello { address: format!(":{port}"), ..Hello::default() }).await.unwrap();
         let from_seeder::Message::Welcome(welcome) = line.next().await else { panic!("no welcome") };
         assert_eq!(welcome.address, format!("127.0.0.1:{port}"));
+        assert!(welcome.time.abs_diff(crate::grant::seconds(SystemTime::now())) < 60, "it says what its clock shows");
         line
     }
 
