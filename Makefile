@@ -29,7 +29,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH$(,)HOME$(,)
 SPEED ?= 1000
 REGISTRY_SPEED ?= 200
 NODES ?= 8
-FUZZ_SECONDS ?= 30
+FUZZ_SECONDS ?= 25
 RUNS ?= 3
 SPEEDS ?= 200 1000
 

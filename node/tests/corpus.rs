@@ -7,9 +7,15 @@ use std::path::{Path, PathBuf};
 #[path = "../../fuzz/src/answers.rs"]
 mod answers;
 #[allow(dead_code, unreachable_pub)]
+#[path = "../../fuzz/src/grants.rs"]
+mod grants;
+#[allow(dead_code, unreachable_pub)]
 #[path = "../../fuzz/src/mesh.rs"]
 mod mesh;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use node::security::Signed;
 use prost::Message as _;
 use proto::drover::mesh::v1::{Delegate, Haves, Hello, LayerHaves, ToNeighbour, ToSeeder, to_neighbour, to_seeder};
 
@@ -25,6 +31,11 @@ fn answers_corpus() {
 #[test]
 fn mesh_corpus() {
     replay("mesh", mesh::mesh);
+}
+
+#[test]
+fn grants_corpus() {
+    replay("grants", grants::grants);
 }
 
 fn replay(target: &str, run: fn(&[u8])) {
@@ -90,6 +101,38 @@ fn write_seeds() {
     write("proxy", 8, &[b"http://user:word@proxy.test:3128\n.a.test,10.0.0.0/8,[fd00::]:5,fd00::/129,*.x:5,*"]);
     let config = br#"{"auths":{"https://registry.test:5000/v2/":{"auth":"dXNlcjpw"}},"credsStore":"x","credHelpers":{"registry.test:5000":"y"}}"#;
     write("docker", 9, &[config]);
+}
+
+/// The same for what machines show. Nobody signed it: the targets run without security.
+#[test]
+#[ignore = "writes into the source tree"]
+fn write_grant_seeds() {
+    let write = |name: &str, choice: u8, bytes: &[u8]| {
+        fs::create_dir_all(corpus("grants")).expect("corpus");
+        fs::write(corpus("grants").join(format!("seed-{name}")), [&[choice], bytes].concat()).expect("corpus");
+    };
+    let grant = |stage: u8| {
+        let mut statement = b"drover grant statement v1\n".to_vec();
+        statement.extend([7; 32]);
+        statement.extend([8; 32]);
+        for time in [990_u64, 1050, 980] {
+            statement.extend(time.to_le_bytes());
+        }
+        statement.push(stage);
+        let registry = b"registry.test:5000";
+        statement.extend((registry.len() as u16).to_le_bytes());
+        statement.extend(registry);
+        statement.extend(b"team/app");
+        let signed = Signed { signature: vec![1; 70], certificates: vec![vec![2; 300], vec![3; 10]] };
+        [&(statement.len() as u32).to_le_bytes()[..], &statement, &signed.encode()].concat()
+    };
+    let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes).into_bytes();
+    write("grant", 0, &grant(0));
+    write("grant-ingest", 0, &grant(1));
+    write("header", 1, &text(&grant(0)));
+    write("header-ingest", 1, &text(&grant(1)));
+    let hex = |byte: &str| byte.repeat(32);
+    write("token", 2, format!("drover-0123456789abcdef-{}-{}", hex("ab"), hex("cd")).as_bytes());
 }
 
 /// The same for what machines of the mesh say.

@@ -70,23 +70,34 @@ impl Config {
     /// Reads `path`.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let config: Self = node::config::load(path)?;
-        let wrong = |reason: String| ConfigError::Parse { path: path.to_owned(), reason };
-        if !DEADLINE_RANGE.contains(&config.read.deadline) {
-            return Err(wrong("read.deadline must be between 1s and 110s".into()));
+        config.check().map_err(|reason| ConfigError::Parse { path: path.to_owned(), reason })?;
+        Ok(config)
+    }
+
+    /// Reads the text of such a file. The error says what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let config: Self = toml::from_str(text).map_err(|error| error.to_string())?;
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !DEADLINE_RANGE.contains(&self.read.deadline) {
+            return Err("read.deadline must be between 1s and 110s".into());
         }
-        if let Err(reason) = config.mesh.zone.parse::<ZoneSource>() {
-            return Err(wrong(format!("mesh.zone {reason}")));
+        if let Err(reason) = self.mesh.zone.parse::<ZoneSource>() {
+            return Err(format!("mesh.zone {reason}"));
         }
-        let address = &config.mesh.address;
+        let address = &self.mesh.address;
         if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
-            return Err(wrong(format!("mesh.address must be IP:PORT or empty, not {address:?}")));
+            return Err(format!("mesh.address must be IP:PORT or empty, not {address:?}"));
         }
-        for (key, path) in [("root", &config.root), ("run", &config.run), ("socket", &config.socket())] {
+        for (key, path) in [("root", &self.root), ("run", &self.run), ("socket", &self.socket())] {
             if !path.is_absolute() {
-                return Err(wrong(format!("{key} must be an absolute path")));
+                return Err(format!("{key} must be an absolute path"));
             }
         }
-        Ok(config)
+        Ok(())
     }
 
     /// The socket that containerd connects to.
@@ -299,6 +310,21 @@ mod tests {
                 Some((key, cells.next()?.trim().trim_matches('`').to_owned()))
             })
             .collect()
+    }
+
+    #[test]
+    fn the_fuzz_corpus_is_read() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus/config");
+        let mut taken = 0;
+        for file in std::fs::read_dir(directory).unwrap() {
+            let bytes = std::fs::read(file.unwrap().path()).unwrap();
+            let whole = String::from_utf8_lossy(&bytes);
+            taken += u32::from(Config::parse(&whole).is_ok());
+            for (at, _) in whole.char_indices() {
+                let _ = Config::parse(&whole[..at]);
+            }
+        }
+        assert!(taken >= 5, "the seeds are good configurations, but for one");
     }
 
     #[test]
