@@ -460,6 +460,9 @@ impl Sink {
         let verdict = if !self.layer.store().digests().is_chunk(chunk, plain) {
             counters.add(|counters| &counters.wrong_chunks, 1);
             tracing::warn!(layer = %self.layer.diff_id(), %chunk, kind = ?self.kind, "a source sent a wrong chunk");
+            if matches!(self.kind, SourceKind::Seeder | SourceKind::Registry) {
+                self.layer.note_wrong(chunk.0);
+            }
             Verdict::Wrong
         } else {
             if matches!(self.kind, SourceKind::Seeder | SourceKind::Registry) {

@@ -23,7 +23,7 @@ use crate::counters::{CounterValues, Counters};
 use crate::driver::Inbox;
 use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits, around};
 use crate::source::Source;
-use crate::store::{Added, Held, LayerStore, StoreError, Unstored};
+use crate::store::{Added, Change, Held, LayerStore, StoreError, Unstored};
 
 /// How often a read starts again when its chunks came and were lost before it could read them.
 const ATTEMPTS_MAX: u32 = 3;
@@ -193,9 +193,15 @@ impl Layer {
         self.is_complete() && self.store.is_proven()
     }
 
-    /// Why the layer must not be used for new mounts, if so: its index lies.
+    /// Why the layer must not be used for new containers, if so: its index is wrong, or one of its chunks fails again and again.
     pub fn quarantine(&self) -> Option<String> {
-        self.store.quarantined()
+        self.store.quarantined().or_else(|| self.store.failing().map(|cause| cause.to_string()))
+    }
+
+    /// Whether its index is wrong, so that nothing of it can be read. A layer that is quarantined for another reason gives all
+    /// chunks that are right.
+    pub fn has_wrong_index(&self) -> bool {
+        self.store.is_quarantined()
     }
 
     /// The file with the device's chunks; holes where chunks are missing.
@@ -431,7 +437,48 @@ impl Layer {
         }
         let ready = self.waits.arrived(chunk, held.as_ref(), |chunk| self.store.is_here(chunk));
         self.answer(ready);
+        self.store.note_right(chunk);
+        self.judge();
         is_new
+    }
+
+    /// A seeder or a registry gave something else for `chunk`. Neighbours do not count: one that lies must not take a layer out of
+    /// service.
+    pub(crate) fn note_wrong(&self, chunk: u32) {
+        self.store.note_wrong(chunk);
+        self.judge();
+    }
+
+    /// Asks once more for the chunk because of which the layer is quarantined, or looks whether it stays.
+    pub(crate) fn mend(&self) {
+        let Some(cause) = self.store.failing() else { return };
+        if !self.store.look_again(cause) {
+            self.note_loss();
+            let chunk = cause.chunk();
+            if chunk < self.geometry().chunk_count() && self.note_ahead(chunk..chunk + 1) {
+                self.inbox.touch(self.key());
+            }
+        }
+        self.judge();
+    }
+
+    /// Says once when the layer's quarantine begins and ends.
+    fn judge(&self) {
+        let Some((change, written)) = self.store.judge() else { return };
+        let layer = self.diff_id();
+        match change {
+            Change::Began(cause) => {
+                tracing::error!(%layer, reason = %cause, "the layer is quarantined: it is not used for new containers; those that run go on");
+            }
+            Change::Ended => {
+                tracing::info!(%layer, "the layer is quarantined no more");
+                // Nothing was proven meanwhile.
+                self.inbox.needs_flush(self.key());
+            }
+        }
+        if let Err(error) = written {
+            tracing::warn!(%layer, %error, "the next start will not know whether the layer is quarantined");
+        }
     }
 
     /// Fails everyone who waits for `chunk`.
@@ -490,6 +537,7 @@ impl Layer {
             tracing::warn!(layer = %self.diff_id(), chunks = rotten, "chunks were lost or damaged on disk and are fetched again");
             self.inbox.needs_flush(self.key());
             self.inbox.touch(self.key());
+            self.judge();
         }
     }
 

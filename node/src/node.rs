@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use layer::index::Section;
+use layer::index::{Header, Section};
 use layer::wire::Frame;
 use layer::{ChunkIndex, Digest};
 use parking_lot::Mutex;
@@ -192,6 +192,7 @@ impl Node {
             mesh: None,
         };
         driver.start();
+        tokio::spawn(mend(layers.clone(), inbox.clone()));
         let node = Self {
             store,
             layers,
@@ -207,6 +208,9 @@ impl Node {
             relays: Mutex::default(),
         };
         for layer in node.layers() {
+            if let Some(reason) = layer.quarantine() {
+                tracing::warn!(layer = %layer.diff_id(), reason, "the layer is quarantined: it is not used for new containers");
+            }
             node.inbox.touch(layer.key());
             if layer.is_complete() && !layer.is_proven() {
                 node.inbox.needs_flush(layer.key());
@@ -273,6 +277,7 @@ impl Node {
     /// Takes a layer in whose index is known and proven (see [`LayerParts::signature`]). One with the same diffID that
     /// is here stays as it is, apart from spans that it did not have. Blocks for the disk.
     pub fn insert(&self, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        self.check_refused(&parts.header)?;
         if let Some(layer) = self.usable(parts.header.diff_id()) {
             return self.complete_sections(layer, parts);
         }
@@ -297,6 +302,7 @@ impl Node {
     /// Makes a layer of what came in: the chunks that the index names are here at once. Like [`Node::insert`] otherwise. Nothing
     /// may be written to `incoming` any more. Blocks for the disk.
     pub fn adopt(&self, incoming: &Incoming, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
+        self.check_refused(&parts.header)?;
         let diff_id = parts.header.diff_id();
         let result = match self.usable(diff_id) {
             Some(layer) => self.complete_sections(layer, parts),
@@ -342,6 +348,7 @@ impl Node {
     pub fn remove(&self, diff_id: Digest) -> Result<bool, StoreError> {
         let _placing = self.placing.lock();
         let Some(layer) = self.layer(diff_id) else { return Ok(false) };
+        self.refuse_index(&layer)?;
         self.layers.lock().remove(&layer.key());
         layer.close(ReadError::Removed);
         self.store.remove(layer.store())?;
@@ -367,9 +374,25 @@ impl Node {
         self.store.close()
     }
 
-    /// The layer, unless it is quarantined.
+    /// Fails for an index that was found to be wrong, whatever became of the layer that had it.
+    pub fn check_refused(&self, header: &Header) -> Result<(), StoreError> {
+        let index = header.digest();
+        let of_layer = self.layer(header.diff_id()).filter(|layer| layer.header().digest() == index);
+        let reason = of_layer.and_then(|layer| layer.store().quarantined()).or_else(|| self.store.refused(&index));
+        reason.map_or(Ok(()), |reason| Err(StoreError::Refused { index, reason }))
+    }
+
+    /// Remembers a wrong index whose layer is about to go.
+    fn refuse_index(&self, layer: &Layer) -> Result<(), StoreError> {
+        match layer.store().quarantined() {
+            Some(reason) => self.store.refuse(&layer.header().digest(), &reason),
+            None => Ok(()),
+        }
+    }
+
+    /// The layer, unless its index is wrong.
     fn usable(&self, diff_id: Digest) -> Option<Arc<Layer>> {
-        self.layer(diff_id).filter(|layer| layer.quarantine().is_none())
+        self.layer(diff_id).filter(|layer| !layer.has_wrong_index())
     }
 
     fn complete_sections(&self, layer: Arc<Layer>, parts: &LayerParts) -> Result<Arc<Layer>, StoreError> {
@@ -389,7 +412,8 @@ impl Node {
             return self.complete_sections(layer, parts);
         }
         if let Some(quarantined) = self.layer(diff_id) {
-            // A new index may be right. Mounts of the old one keep failing.
+            // Another index may be right. Mounts of the old one keep failing.
+            self.refuse_index(&quarantined)?;
             self.layers.lock().remove(&quarantined.key());
             quarantined.close(ReadError::Removed);
         }
@@ -450,6 +474,27 @@ impl Incoming {
 
     pub(crate) fn unsynced(&self) -> &AtomicU64 {
         &self.unsynced
+    }
+}
+
+/// How often layers with a chunk that fails again and again are looked at: a source that is right again is noticed soon, and one
+/// chunk so often costs nothing.
+const MEND_PAUSE: Duration = Duration::from_secs(30);
+
+/// Fetches anew what quarantined layers lack, for the engine's whole life.
+async fn mend(layers: Layers, inbox: Arc<Inbox>) {
+    loop {
+        tokio::time::sleep(MEND_PAUSE).await;
+        if inbox.is_stopped() {
+            return;
+        }
+        let failing: Vec<_> =
+            layers.lock().values().filter(|layer| layer.store().failing().is_some()).cloned().collect();
+        if !failing.is_empty() {
+            let mended = tokio::task::spawn_blocking(move || failing.iter().for_each(|layer| layer.mend()));
+            // A panic there was reported by its thread.
+            let _ = mended.await;
+        }
     }
 }
 

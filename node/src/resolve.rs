@@ -65,6 +65,9 @@ pub enum ResolveError {
         /// What is wrong.
         source: IndexError,
     },
+    /// The layer is here, and is out of service.
+    #[error("the layer is quarantined: {0}")]
+    Quarantined(String),
     /// This node's disk failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -145,7 +148,7 @@ impl Resolver {
     pub async fn resolve(&self, blob: &BlobRef, progress: watch::Sender<Progress>) -> Result<Arc<Layer>, ResolveError> {
         let gate = self.gate(blob.digest);
         let _one = gate.lock().await;
-        if let Some(layer) = self.local(blob.digest) {
+        if let Some(layer) = self.local(blob.digest)? {
             self.add_sources(&layer, blob);
             return Ok(layer);
         }
@@ -176,6 +179,7 @@ impl Resolver {
         self.verifier
             .verify(&statement(&header), &signed)
             .map_err(|source| ResolveError::Untrusted { seeder: seeder(), source })?;
+        self.node.check_refused(&header)?;
         let (entries, chunk_digests) = tokio::try_join!(
             self.section(&resolution, &header, Section::Entries, &progress),
             self.section(&resolution, &header, Section::ChunkDigests, &progress),
@@ -224,10 +228,16 @@ impl Resolver {
         }
     }
 
-    fn local(&self, blob: Digest) -> Option<Arc<Layer>> {
-        let layer = self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none())?;
+    /// The layer that is here; none where its index is wrong, since another one may be right.
+    fn local(&self, blob: Digest) -> Result<Option<Arc<Layer>>, ResolveError> {
+        let Some(layer) = self.node.layer_by_blob(blob).filter(|layer| !layer.has_wrong_index()) else {
+            return Ok(None);
+        };
+        if let Some(reason) = layer.quarantine() {
+            return Err(ResolveError::Quarantined(reason));
+        }
         layer.note_wanted();
-        Some(layer)
+        Ok(Some(layer))
     }
 
     fn gate(&self, blob: Digest) -> Arc<tokio::sync::Mutex<()>> {

@@ -9,6 +9,7 @@ use layer::ChunkIndex;
 use node::config::CacheConfig;
 use node::reader::ReadError;
 use node::source::SourceKind;
+use node::store::StoreError;
 use node::{Node, NodeConfig};
 use proptest::prelude::*;
 use support::{CHUNK, Fault, FaultySource, Subject, until};
@@ -204,28 +205,89 @@ async fn a_layer_that_is_awaited_is_fetched_whole_at_once() {
 }
 
 #[tokio::test]
-async fn an_index_that_lies_is_quarantined() {
-    let subject = Subject::new(100_000, 8);
+async fn an_index_that_lies_is_quarantined_until_there_is_another() {
+    let (subject, honest) = (Subject::new(100_000, 8), Subject::new(100_000, 18));
     let directory = tempfile::tempdir().unwrap();
     let node = Node::open(config(directory.path())).unwrap();
-    let parts = subject.lying_parts();
-    let diff_id = parts.header.diff_id();
+    let parts = subject.lying_parts(honest.diff_id());
     let layer = node.insert(&parts).unwrap();
     for (chunk, plain) in subject.chunks() {
         assert!(layer.add_chunk(chunk, plain));
     }
     until("it is quarantined", || layer.quarantine().is_some()).await;
     assert!(matches!(layer.read(0..10).await, Err(ReadError::Quarantined(_))));
-    assert!(!layer.is_complete() && layer.read_now(0..10, &mut Vec::new()).is_none());
+    assert!(!layer.is_complete() && layer.read_now(0..10, &mut Vec::new()).is_none() && layer.has_wrong_index());
     node.shutdown().await;
     drop((layer, node));
     let node = Node::open(config(directory.path())).unwrap();
-    let layer = node.layer(diff_id).unwrap();
+    let layer = node.layer(honest.diff_id()).unwrap();
     assert!(layer.quarantine().unwrap().contains("lies"));
     assert_eq!(layer.bytes_here(), 0);
-    // It can be had again, as another layer.
-    let again = node.insert(&parts).unwrap();
-    assert!(again.quarantine().is_none() && again.number() != layer.number());
+    assert!(matches!(node.insert(&parts), Err(StoreError::Refused { .. })), "the same index is as wrong as before");
+    let other = node.insert(&honest.parts()).unwrap();
+    assert!(other.quarantine().is_none() && other.number() != layer.number());
+    other.add_source(FaultySource::new(&honest, SourceKind::Seeder));
+    assert_eq!(other.read(0..50_000).await.unwrap(), honest.device[..50_000]);
+
+    // The index stays refused when its layer is gone.
+    node.remove(honest.diff_id()).unwrap();
+    node.shutdown().await;
+    drop((layer, other, node));
+    let node = Node::open(config(directory.path())).unwrap();
+    let refused = node.insert(&parts).unwrap_err().to_string();
+    assert!(refused.contains("lies"), "{refused}");
+    node.insert(&honest.parts()).unwrap();
+}
+
+/// What is right is read all the while, and the next process knows of it.
+#[tokio::test(start_paused = true)]
+async fn a_chunk_that_always_comes_wrong_is_quarantined_until_it_comes_right() {
+    let subject = Subject::new(200_000, 13);
+    let directory = tempfile::tempdir().unwrap();
+    let source = FaultySource::new(&subject, SourceKind::Registry);
+    let mut node = Node::open(config(directory.path())).unwrap();
+    let mut layer = node.insert(&subject.parts()).unwrap();
+    source.set_fault(Fault::Wrong);
+    layer.add_source(source.clone());
+    // Of three chunks one is wrong.
+    let (right, wrong) = (5000..8000, 3 * CHUNK..3 * CHUNK + 10);
+    assert!(matches!(layer.read(wrong.clone()).await, Err(ReadError::Deadline { .. })));
+    let reason = layer.quarantine().expect("it is quarantined");
+    assert!(reason.contains("came wrong"), "{reason}");
+    assert!(!layer.has_wrong_index());
+    assert_eq!(layer.read(right.clone()).await.unwrap(), subject.device[5000..8000]);
+
+    node.shutdown().await;
+    drop((layer, node));
+    node = Node::open(config(directory.path())).unwrap();
+    layer = node.layer(subject.diff_id()).unwrap();
+    assert_eq!(layer.quarantine(), Some(reason));
+    assert!(layer.read_now(right, &mut Vec::new()).is_some());
+    // Nobody reads it, and nothing is filled.
+    layer.add_source(source.clone());
+    tokio::time::sleep(2 * MINUTE).await;
+    assert!(layer.quarantine().is_some());
+    source.set_fault(Fault::None);
+    until("it is as it should be", || layer.quarantine().is_none()).await;
+    assert_eq!(layer.read(wrong).await.unwrap(), subject.device[3 * CHUNK as usize..3 * CHUNK as usize + 10]);
+    node.shutdown().await;
+    drop((layer, node));
+    node = Node::open(config(directory.path())).unwrap();
+    assert_eq!(node.layer(subject.diff_id()).unwrap().quarantine(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_neighbour_that_lies_takes_no_layer_out_of_service() {
+    let subject = Subject::new(200_000, 14);
+    let directory = tempfile::tempdir().unwrap();
+    let node = Node::open(config(directory.path())).unwrap();
+    let layer = node.insert(&subject.parts()).unwrap();
+    let liar = FaultySource::new(&subject, SourceKind::Peer);
+    liar.set_fault(Fault::Wrong);
+    layer.add_source(liar);
+    assert!(layer.read(0..10).await.is_err());
+    assert!(layer.counters().wrong_chunks > 3);
+    assert_eq!(layer.quarantine(), None);
 }
 
 #[tokio::test]

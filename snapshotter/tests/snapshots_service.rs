@@ -34,6 +34,7 @@ struct Engine {
     seen: Mutex<Vec<String>>,
     blocked: Notify,
     refuse_release: Mutex<bool>,
+    quarantined: Mutex<HashSet<Digest>>,
 }
 
 impl LayerMounts for Engine {
@@ -43,6 +44,10 @@ impl LayerMounts for Engine {
         } else {
             Err(io::Error::other("the engine has no such layer"))
         }
+    }
+
+    fn quarantine(&self, backing: &LazyBacking) -> Option<String> {
+        self.quarantined.lock().contains(&backing.diff_id).then(|| "chunk 7 came wrong".to_owned())
     }
 }
 
@@ -66,6 +71,9 @@ impl LazyLayers for Lazy {
             return LazyOutcome::Committed;
         }
         let diff_id = Digest::of(target.as_bytes());
+        if engine.quarantined.lock().contains(&diff_id) {
+            return LazyOutcome::NotLazy { reason: "the layer is quarantined".into() };
+        }
         let store = engine.store.lock().clone().expect("is set");
         let hold = store.hold(diff_id).await;
         engine.layers.lock().insert(diff_id);
@@ -223,6 +231,32 @@ async fn a_lazy_layer_is_claimed_and_found() {
     let usage = wire::UsageRequest { snapshotter: String::new(), key: "sha256:one".into() };
     let usage = fixture.client.clone().usage(usage).await.expect("answers").into_inner();
     assert_eq!((usage.size, usage.inodes), (7, 1));
+}
+
+/// No new container gets it, pulls unpack it, and those who have it keep it.
+#[tokio::test]
+async fn a_quarantined_layer_is_for_those_who_have_it() {
+    let fixture = Fixture::start().await;
+    let labels = [(REF, "sha256:one")];
+    assert_eq!(code(fixture.prepare("ns/1/extract sha256:one", "", &labels).await), Code::AlreadyExists);
+    fixture.prepare("ns/2/running", "sha256:one", &[]).await.expect("prepares");
+    let one = Digest::of(b"sha256:one");
+    fixture.engine.quarantined.lock().insert(one);
+    let status = fixture.prepare("ns/3/new", "sha256:one", &[]).await.expect_err("is refused");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("quarantined: chunk 7 came wrong. It comes back by itself"), "{status}");
+    assert_eq!(code(fixture.stat("ns/3/new").await), Code::NotFound);
+    let mounts = wire::MountsRequest { snapshotter: String::new(), key: "ns/2/running".into() };
+    fixture.client.clone().mounts(mounts).await.expect("a container that is there starts again");
+    // Another namespace pulls the image: containerd unpacks the layer there.
+    let mounts = fixture.prepare("other/4/extract sha256:one", "", &labels).await.expect("is left to containerd");
+    assert_eq!(mounts, "bind rw,rbind");
+    fixture.commit("other/5/sha256:one", "other/4/extract sha256:one", "").await.expect("commits");
+    fixture.prepare("other/6/new", "other/5/sha256:one", &[]).await.expect("prepares");
+
+    fixture.engine.quarantined.lock().remove(&one);
+    fixture.prepare("ns/3/new", "sha256:one", &[]).await.expect("it is back");
+    assert_eq!(code(fixture.prepare("ns/7/extract sha256:one", "", &labels).await), Code::AlreadyExists);
 }
 
 #[tokio::test]

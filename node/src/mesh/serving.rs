@@ -66,7 +66,7 @@ impl Sharing {
     }
 
     fn layer(&self, blob: Digest) -> Result<Arc<Layer>, ServeError> {
-        let layer = self.node.layer_by_blob(blob).filter(|layer| layer.quarantine().is_none());
+        let layer = self.node.layer_by_blob(blob).filter(|layer| !layer.has_wrong_index());
         layer.ok_or(ServeError::Unknown)
     }
 

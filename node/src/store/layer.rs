@@ -1,6 +1,7 @@
 //! One layer on disk.
 
 mod evict;
+mod failures;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -18,6 +19,8 @@ use sha2::{Digest as _, Sha256};
 
 pub(crate) use self::evict::Unit;
 use self::evict::{Uses, read_pins, unit_of, units};
+pub(crate) use self::failures::{Cause, Change};
+use self::failures::{FAILING, Failures};
 use super::backend::{File, read_file, replace_file, write_file};
 use super::have::{BITS_OFFSET, Bitmap, Have, NewerVersion};
 use super::room::{MemoryPlace, Room};
@@ -75,6 +78,7 @@ pub(crate) struct LayerStore {
     is_shared: AtomicBool,
     is_quarantined: AtomicBool,
     quarantined: Mutex<Option<String>>,
+    failures: Failures,
     faults: Faults,
 }
 
@@ -279,8 +283,21 @@ impl LayerStore {
         let is_clean = state.clean;
         let wire = WireStore::open(site.clone(), directory, geometry.chunk_log2());
         let pins = read_pins(backend, directory, &site.boot_id);
-        let store =
-            Self::assemble(site, directory, number, header, signature, digests, device, wire, have, state, pins);
+        let failures = Failures::open(backend, directory);
+        let mut store = Self::assemble(
+            site.clone(),
+            directory,
+            number,
+            header,
+            signature,
+            digests,
+            device,
+            wire,
+            have,
+            state,
+            pins,
+        );
+        store.failures = failures;
         store.is_quarantined.store(quarantined.is_some(), Ordering::Release);
         *store.quarantined.lock() = quarantined;
         if store.is_pinned() {
@@ -338,6 +355,7 @@ impl LayerStore {
             is_shared: AtomicBool::new(false),
             is_quarantined: AtomicBool::new(false),
             quarantined: Mutex::default(),
+            failures: Failures::default(),
             faults: Faults::default(),
         }
     }
@@ -434,14 +452,53 @@ impl LayerStore {
         self.proven.load(Ordering::Acquire)
     }
 
-    /// Why the layer must not be used, if so.
+    /// Why nothing of the layer can be believed, if so.
     pub(crate) fn quarantined(&self) -> Option<String> {
         self.quarantined.lock().clone()
     }
 
-    /// Whether the layer must not be used.
+    /// Whether nothing of the layer can be believed.
     pub(crate) fn is_quarantined(&self) -> bool {
         self.is_quarantined.load(Ordering::Acquire)
+    }
+
+    /// Why the layer is not as it should be although its right chunks can be read, if so.
+    pub(crate) fn failing(&self) -> Option<Cause> {
+        self.failures.cause()
+    }
+
+    /// A seeder or a registry gave something else for `chunk`.
+    pub(crate) fn note_wrong(&self, chunk: u32) {
+        self.failures.note_wrong(chunk);
+    }
+
+    /// `chunk` came right.
+    pub(crate) fn note_right(&self, chunk: u32) {
+        self.failures.note_right(chunk);
+    }
+
+    /// Compares the chunk because of which the layer fails with its digest, if it is here; gives whether it is.
+    pub(crate) fn look_again(&self, cause: Cause) -> bool {
+        let chunk = cause.chunk();
+        let is_here = self.here.get(chunk) && self.check(chunk);
+        if is_here {
+            self.failures.note_sound(chunk);
+            self.failures.note_right(chunk);
+        }
+        is_here
+    }
+
+    /// What follows from the failures so far, and whether it could be made durable; `None`: nothing new.
+    pub(crate) fn judge(&self) -> Option<(Change, Result<(), StoreError>)> {
+        self.failures.judge(|change| {
+            let path = self.directory.join(FAILING);
+            let backend = &*self.site.backend;
+            let written = match change {
+                Change::Began(cause) => replace_file(backend, &self.directory, FAILING, cause.encode().as_bytes()),
+                Change::Ended => backend.remove(&path).and_then(|()| backend.sync_directory(&self.directory)),
+            };
+            written.map_err(StoreError::io("write", &path))
+        })
     }
 
     /// Bytes of the chunks that are here.
@@ -502,7 +559,10 @@ impl LayerStore {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
                 Err(error) => {
                     tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
-                    chunks.for_each(|chunk| self.drop_chunk(chunk));
+                    for chunk in chunks {
+                        self.failures.note_damaged(chunk);
+                        self.drop_chunk(chunk);
+                    }
                     return false;
                 }
             }
@@ -608,6 +668,7 @@ impl LayerStore {
                 }
                 self.proven.store(true, Ordering::Release);
             }
+            self.failures.note_proven();
             self.write_clean(&mut on_disk)?;
             if self.is_shared.load(Ordering::Relaxed) {
                 self.device.give_pages_back(0..self.header.device_size());
@@ -642,9 +703,11 @@ impl LayerStore {
         self.evict(&(0..units(self.geometry().chunk_count())).collect::<Vec<_>>()).map(drop)
     }
 
-    /// Whether `chunk` can be read from the device. Compares a suspect one with its digest first.
+    /// Whether `chunk` can be read from the device. Compares a suspect one with its digest first, and any on a disk that damages
+    /// them.
     fn is_stored(&self, chunk: u32) -> bool {
-        self.here.get(chunk) && (!self.suspect.get(chunk) || self.check(chunk))
+        let is_suspect = self.suspect.get(chunk) || self.failures.is_damaged();
+        self.here.get(chunk) && (!is_suspect || self.check(chunk))
     }
 
     /// Compares a chunk on the device with its digest and drops it when it is wrong.
@@ -665,6 +728,7 @@ impl LayerStore {
                 self.suspect.clear(chunk);
                 return true;
             }
+            self.failures.note_damaged(chunk);
             self.drop_chunk(chunk);
             return false;
         }

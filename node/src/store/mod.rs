@@ -11,8 +11,10 @@
 //!     device                        the chunks that are here, sparse
 //!     wire                          wire forms of some of them, sparse
 //!     have                          which those are
-//!     quarantined                   why the layer must not be used, if so
+//!     quarantined                   why nothing of the layer can be believed, if so
+//!     failing                       which chunk fails again and again, if one does
 //!     pinned                        who reads the device from disk, so that all of it must stay
+//! <root>/refused/<index hex>        why an index is not believed any more
 //! <root>/incoming/<blob hex>-<n>/   a device whose index is not known yet; nothing in it outlives the process
 //! ```
 //!
@@ -44,13 +46,16 @@ use parking_lot::Mutex;
 
 use crate::config::CacheConfig;
 
-pub(crate) use self::layer::{Added, Held, LayerStore, Proof, Unit, Unstored};
+pub(crate) use self::layer::{Added, Change, Held, LayerStore, Proof, Unit, Unstored};
 pub(crate) use self::room::Room;
 pub use backend::{Backend, File, Space};
 pub use disk::Disk;
 pub(crate) use incoming::IncomingStore;
 
 use backend::{read_file, replace_file};
+
+/// Most indexes that are remembered as wrong; more are not believed until the layers that they are of are removed.
+const REFUSED_MAX: usize = 1024;
 
 /// Most bytes of a small file of the store.
 const SMALL_FILE_MAX: u64 = 4096;
@@ -125,6 +130,14 @@ pub enum StoreError {
     /// The index that is to be stored is not one.
     #[error(transparent)]
     Index(#[from] IndexError),
+    /// The index that is to be stored was found to be wrong.
+    #[error("the index {index} is not believed any more: {reason}")]
+    Refused {
+        /// Its digest.
+        index: Digest,
+        /// Why.
+        reason: String,
+    },
 }
 
 impl StoreError {
@@ -319,6 +332,29 @@ impl Store {
         self.site.backend.rename(&directory, &trash).map_err(StoreError::io("rename", &directory))?;
         self.site.backend.sync_directory(&layers).map_err(StoreError::io("sync", &layers))?;
         self.site.backend.remove(&trash).map_err(StoreError::io("remove", &trash))
+    }
+
+    /// Notes that the index is wrong, beyond the layer's life.
+    pub(crate) fn refuse(&self, index: &Digest, reason: &str) -> Result<(), StoreError> {
+        let (backend, directory) = (&*self.site.backend, self.root.join("refused"));
+        let refuse = || -> io::Result<()> {
+            backend.create_directory(&directory)?;
+            backend.sync_directory(&self.root)?;
+            if backend.list(&directory)?.len() >= REFUSED_MAX {
+                return Ok(());
+            }
+            replace_file(backend, &directory, &index.hex(), reason.as_bytes())
+        };
+        refuse().map_err(StoreError::io("write", &directory.join(index.hex())))
+    }
+
+    /// Why the index is not believed, if so. A note that cannot be read counts as one.
+    pub(crate) fn refused(&self, index: &Digest) -> Option<String> {
+        match read_file(&*self.site.backend, &self.root.join("refused").join(index.hex()), SMALL_FILE_MAX) {
+            Ok(reason) => Some(String::from_utf8_lossy(&reason).into_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(error.to_string()),
+        }
     }
 
     /// The store ends cleanly. Every layer must have been closed before.

@@ -11,7 +11,7 @@ use ::layer::{ChunkIndex, Digest};
 use proptest::prelude::*;
 
 use super::memory::MemoryDisk;
-use super::{Added, Found, LayerParts, LayerStore, Proof, Store, StoreError};
+use super::{Added, Change, Found, LayerParts, LayerStore, Proof, Store, StoreError};
 use crate::config::CacheConfig;
 
 const CHUNK: usize = 4096;
@@ -149,6 +149,44 @@ fn a_clean_end_is_believed_and_a_crash_of_the_machine_is_not() {
     layer.add(1, subject.chunk(1));
     assert_eq!(layer.prove(&|| true).unwrap(), Proof::Incomplete);
     assert_eq!(layer.prove(&|| false).unwrap(), Proof::Proven);
+}
+
+#[test]
+fn a_disk_that_damages_a_chunk_again_and_again_takes_the_layer_out_of_service() {
+    let subject = Subject::new(50_000, 1);
+    let disk = MemoryDisk::default();
+    let (store, _) = open(&disk, "a");
+    let layer = create(&store, &subject);
+    for chunk in 0..subject.chunks() {
+        layer.add(chunk, subject.chunk(chunk));
+    }
+    for round in 0..3 {
+        assert!(layer.judge().is_none(), "round {round}");
+        disk.flip(&subject.path("device"), 8 * 5000);
+        assert_eq!(layer.prove(&|| false).unwrap(), Proof::Rotten(1));
+        layer.add(1, subject.chunk(1));
+    }
+    assert!(matches!(layer.judge(), Some((Change::Began(_), Ok(())))));
+    let cause = layer.failing().unwrap();
+    // Whatever is damaged by then, nothing wrong is read.
+    disk.flip(&subject.path("device"), 8 * 9000);
+    assert_eq!(subject.check(&layer), subject.chunks() as usize - 1);
+    layer.close().unwrap();
+    store.close().unwrap();
+    drop((layer, store));
+
+    let (_, found) = open(&disk, "b");
+    let layer = &found.layers[0];
+    assert_eq!(layer.failing(), Some(cause));
+    for _ in 0..2 {
+        assert!(layer.look_again(cause) && layer.judge().is_none());
+    }
+    assert!(layer.look_again(cause));
+    assert!(matches!(layer.judge(), Some((Change::Ended, Ok(())))));
+    assert_eq!(layer.failing(), None);
+    drop(found);
+    let (_, found) = open(&disk, "b");
+    assert_eq!(found.layers[0].failing(), None);
 }
 
 #[test]

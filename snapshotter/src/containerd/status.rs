@@ -96,7 +96,7 @@ fn store_code(error: &StoreError) -> Code {
         StoreError::ParentChange { .. } => Code::InvalidArgument,
         StoreError::RebaseUnsupported { .. } => Code::Unimplemented,
         StoreError::InvalidField { .. } => Code::InvalidArgument,
-        StoreError::Layer { .. } => Code::Unavailable,
+        StoreError::Layer { .. } | StoreError::Quarantined { .. } => Code::Unavailable,
         StoreError::MountPath { .. } => Code::Internal,
         StoreError::Directory { .. } => Code::Internal,
         StoreError::Records(_) => Code::Internal,

@@ -4,13 +4,20 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use layer::Digest;
+use node::resolve::Progress;
+use tokio::sync::watch;
+
 use super::prepare::ImageLayers;
-use crate::snapshots::StoreError;
+use crate::snapshots::{LazyBacking, Snapshot, StoreError};
 
 /// How often orphans are looked for, and how long nobody must have asked for a layer: longer than containerd takes to unpack
 /// one layer between two that are lazy.
 const ORPHAN_PAUSE: Duration = Duration::from_secs(300);
 const ORPHAN_AGE: Duration = Duration::from_secs(1800);
+
+/// How often other indexes are asked for where one was found to be wrong.
+const RENEW_PAUSE: Duration = Duration::from_secs(60);
 
 impl ImageLayers {
     /// After a start: lets go of what no snapshot refers to, mounts what is not mounted (all of it after a reboot), and gives the
@@ -45,6 +52,51 @@ impl ImageLayers {
                 tracing::error!(snapshot = snapshot.name, %error, "cannot mount a layer");
             }
         }
+        Ok(())
+    }
+
+    /// Asks seeders for other indexes of layers whose index was found to be wrong, for the daemon's whole life, and mounts what comes.
+    /// No network is used where there is no such layer.
+    pub async fn renew_quarantined(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(RENEW_PAUSE).await;
+            if !self.node.layers().iter().any(|layer| layer.has_wrong_index()) {
+                continue;
+            }
+            let layers = self.clone();
+            let Ok(Ok(lazy)) = tokio::task::spawn_blocking(move || layers.store.lazy()).await else { continue };
+            for diff_id in lazy.iter().map(|(_, backing)| backing.diff_id).collect::<HashSet<_>>() {
+                let standing: Vec<_> = lazy.iter().filter(|(_, backing)| backing.diff_id == diff_id).cloned().collect();
+                if self.node.layer(diff_id).is_some_and(|layer| layer.has_wrong_index())
+                    && let Err(error) = self.renew(diff_id, standing).await
+                {
+                    tracing::debug!(layer = %diff_id, error = format!("{error:#}"), "a quarantined layer cannot be had anew yet");
+                }
+            }
+        }
+    }
+
+    /// Gets the layer with another index, and mounts it for the snapshots that stand on it.
+    async fn renew(&self, diff_id: Digest, mut standing: Vec<(Snapshot, LazyBacking)>) -> anyhow::Result<()> {
+        // A parent was committed before its children were made, so its id is lower.
+        standing.sort_by_key(|(snapshot, _)| snapshot.record.id);
+        let _hold = self.store.hold(diff_id).await;
+        let Some((_, backing)) = standing.first() else { return Ok(()) };
+        let (progress, _) = watch::channel(Progress::default());
+        let layer = self.resolutions.resolver().resolve(&backing.blob_ref(), progress).await?;
+        anyhow::ensure!(layer.diff_id() == diff_id, "the blob's index names {} now", layer.diff_id());
+        let (mounts, store) = (self.mounts.clone(), self.store.clone());
+        let mounted = layer.clone();
+        tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
+            for (snapshot, backing) in standing {
+                mounts.detach(backing.chain_id)?;
+                let lowers = store.lowers(snapshot.record.parent.as_deref());
+                mounts.attach(backing.chain_id, &mounted, lowers)?;
+            }
+            Ok(())
+        })
+        .await??;
+        tracing::info!(%layer, "a quarantined layer has another index: new containers use it");
         Ok(())
     }
 

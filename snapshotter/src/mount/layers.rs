@@ -341,6 +341,10 @@ impl crate::snapshots::LayerMounts for LayerMounts {
         let over_disk = layer.and_then(|layer| self.over_disk(backing.chain_id, &layer));
         Ok(over_disk.unwrap_or_else(|| self.mounts.join(over_fuse)))
     }
+
+    fn quarantine(&self, backing: &LazyBacking) -> Option<String> {
+        self.node.layer(backing.diff_id)?.quarantine()
+    }
 }
 
 /// Brings images to the disk in the background.

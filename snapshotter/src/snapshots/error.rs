@@ -137,6 +137,19 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// A lazy layer below the snapshot is out of service.
+    #[error(
+        "layer {layer} below snapshot {key:?} is quarantined: {reason}. It comes back by itself once it is right; until then remove the \
+         images that have it (drover-snapshotter status) and pull them again, so that containerd unpacks it"
+    )]
+    Quarantined {
+        /// Key of the snapshot that was asked for.
+        key: String,
+        /// diffID of the layer.
+        layer: layer::Digest,
+        /// Why.
+        reason: String,
+    },
     /// A mount option cannot hold this path.
     #[error("path {path:?} cannot be used in mount options")]
     MountPath {

@@ -14,6 +14,11 @@ pub trait LayerMounts: Send + Sync {
     /// be short and near the snapshots' own (containerd abbreviates a common beginning of all lower directories; all
     /// mount options together must fit into a page of 4096 bytes) and free of `:`, `,` and `\`.
     fn lower(&self, id: u64, backing: &LazyBacking) -> io::Result<PathBuf>;
+
+    /// Why no new container should stand on the layer, if so; those that there are go on.
+    fn quarantine(&self, _backing: &LazyBacking) -> Option<String> {
+        None
+    }
 }
 
 /// For a store without lazy layers.
@@ -72,6 +77,16 @@ pub(super) fn lower(
             source,
         }),
     }
+}
+
+/// Fails where a layer below `key`, which is about to be made, is quarantined.
+pub(super) fn check_quarantine(key: &str, ancestors: &[Record], layers: &dyn LayerMounts) -> Result<(), StoreError> {
+    ancestors.iter().try_for_each(|ancestor| match &ancestor.backing {
+        Backing::Ordinary => Ok(()),
+        Backing::Lazy(backing) => layers.quarantine(backing).map_or(Ok(()), |reason| {
+            Err(StoreError::Quarantined { key: key.to_owned(), layer: backing.diff_id, reason })
+        }),
+    })
 }
 
 /// The mounts of the active snapshot or view `key`.

@@ -143,7 +143,8 @@ impl Store {
             source,
         })?;
         let chain = self.records.create(NewSnapshot { id: new.id, kind, key, parent, labels, declined, id_maps })?;
-        let mounts = mounts::mounts(key, &chain, &self.directories, &*self.layers, &self.overlay);
+        let mounts = mounts::check_quarantine(key, &chain.ancestors, &*self.layers)
+            .and_then(|()| mounts::mounts(key, &chain, &self.directories, &*self.layers, &self.overlay));
         if mounts.is_err() {
             // A failed Prepare must leave nothing that the next one would find in its way.
             self.records.remove(key)?;
@@ -205,7 +206,8 @@ impl Store {
         self.records.parent(parent).map(drop)
     }
 
-    /// The name of the committed lazy snapshot that containerd would take for `target` on `parent`, if there is one.
+    /// The name of the committed lazy snapshot that containerd would take for `target` on `parent`, if there is one and its layer
+    /// is not quarantined.
     pub fn lazy_target(&self, target: &str, parent: Option<&str>) -> Result<Option<String>, StoreError> {
         let parent_id = self.records.parent(parent)?.map_or(0, |parent| parent.id);
         for name in [target.to_owned(), second_name(target, parent_id)] {
@@ -213,7 +215,7 @@ impl Store {
                 Ok(record)
                     if record.kind == Kind::Committed
                         && record.parent.as_deref() == parent
-                        && matches!(record.backing, Backing::Lazy(_))
+                        && matches!(&record.backing, Backing::Lazy(backing) if self.layers.quarantine(backing).is_none())
                         && record.labels.get(SNAPSHOT_REF).is_some_and(|label| label == target) =>
                 {
                     return Ok(Some(name));

@@ -72,8 +72,10 @@ impl Completion {
     }
 
     fn look(&mut self) -> Result<CompleteProgress, Status> {
-        if let Some(broken) = self.layers.iter().find_map(|layer| layer.layer().quarantine()) {
-            return Err(Status::failed_precondition(broken));
+        // A chunk that came wrong may yet come right.
+        let hopeless = self.layers.iter().find(|layer| layer.layer().has_wrong_index());
+        if let Some(reason) = hopeless.and_then(|layer| layer.layer().quarantine()) {
+            return Err(Status::failed_precondition(reason));
         }
         let sum = |bytes: fn(&Awaited) -> u64| self.layers.iter().map(bytes).sum();
         let device_size: u64 = sum(|layer| layer.layer().header().device_size());

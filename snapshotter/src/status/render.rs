@@ -1,6 +1,6 @@
 //! The text of `drover-snapshotter status`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 
 use bytesize::ByteSize;
@@ -22,6 +22,16 @@ fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt:
     }
     if let Some(mesh) = &status.mesh {
         write_mesh(out, mesh)?;
+    }
+    let quarantined: BTreeSet<&str> = status
+        .images
+        .iter()
+        .flat_map(|image| &image.layers)
+        .filter(|layer| layer.state() == LayerState::Quarantined)
+        .map(|layer| layer.blob.as_str())
+        .collect();
+    if !quarantined.is_empty() {
+        writeln!(out, "quarantined layers: {}; no new container is made on them", quarantined.len())?;
     }
     if status.images.is_empty() {
         writeln!(out, "no images")?;
