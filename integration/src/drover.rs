@@ -238,9 +238,19 @@ impl Snapshotter {
 
     /// The same, to be given the reference and started.
     pub fn pulling(&self, network: &Network) -> Command {
+        self.command(network, "pull")
+    }
+
+    /// A subcommand of `drover-snapshotter` at the node.
+    pub fn command(&self, network: &Network, subcommand: &str) -> Command {
         let mut command = network.command(self.place, &self.program);
-        command.arg("pull").arg("--config").arg(&self.config);
+        command.arg(subcommand).arg("--config").arg(&self.config);
         command
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> &Path {
+        &self.config
     }
 
     fn serve(network: &Network, place: Place, program: &Path, config: &Path, folder: &Path) -> Result<Daemon> {

@@ -24,6 +24,7 @@ use crate::containerd::about::About;
 use crate::containerd::connection::Connection;
 use crate::containerd::content::ContentStore;
 use crate::containerd::{Service, Sweeper};
+use crate::drain::Drain;
 use crate::fuse::{self, DeviceMount, ReadAhead, SessionOptions};
 use crate::lazy::devices::LayerDevices;
 use crate::lazy::hints::Hints;
@@ -203,5 +204,6 @@ fn open(
         hints: Arc::new(Hints::new(About::new(&containerd))),
         stall: config.prepare.stall,
         ability: Some(Arc::new(ability)),
+        drain: Drain::of(&config.root),
     })
 }

@@ -10,10 +10,12 @@
 //! - [`keeper`]: the process that shares the FUSE connection, so that either may die.
 //! - [`status`]: what the daemon tells its operator.
 //! - [`pull`]: the lazy pull for clients that leave no room for one.
+//! - [`drain`] and [`uninstall`]: taking a node back.
 
 pub mod config;
 pub mod containerd;
 pub mod daemon;
+pub mod drain;
 pub mod fuse;
 pub mod keeper;
 pub mod lazy;
@@ -23,3 +25,4 @@ pub mod snapshots;
 pub mod status;
 #[allow(unsafe_code)]
 mod sys;
+pub mod uninstall;

@@ -11,12 +11,14 @@ use node::registry::image::Platform;
 use proto::drover::node::v1::CompleteProgress;
 use snapshotter::config::{Config, DEFAULT_PATH};
 use snapshotter::daemon::{self, Handed};
+use snapshotter::drain::{self, Drain};
 use snapshotter::keeper::{self, DaemonSide, KeeperOptions};
 use snapshotter::mount::helper;
 use snapshotter::pull::progress::Progress;
 use snapshotter::pull::{self, Pull};
 use snapshotter::status::client;
 use snapshotter::status::render::render;
+use snapshotter::uninstall;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How long an orderly stop waits for the daemon before it is killed; longer than the daemon itself waits.
@@ -65,6 +67,15 @@ enum Command {
         #[arg(long)]
         complete: bool,
     },
+    /// Take the node back to containerd's own snapshotters: from now on containerd unpacks what is pulled, and what is here in part is
+    /// fetched whole. Says what still uses Drover, and whether it may be stopped.
+    Drain {
+        /// Make layers lazy again.
+        #[arg(long)]
+        undo: bool,
+    },
+    /// Remove the mounts and files of a daemon that was stopped, if containerd has no snapshot left. Says what to remove by hand.
+    Uninstall,
     /// The daemon, started by the keeper.
     #[command(hide = true)]
     Daemon,
@@ -97,6 +108,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 Command::Keeper => Ok(keeper::adopt(&options)?),
                 Command::Daemon => run_daemon(&config, &options),
                 Command::Status { layers } => run_status(&config, layers),
+                Command::Drain { undo } => run_drain(&config, undo),
+                Command::Uninstall => run_uninstall(&config),
                 Command::Pull { reference, namespace, address, snapshotter, platform, complete } => {
                     let socket = address.unwrap_or_else(|| config.containerd.socket.clone());
                     let pull = Pull { reference, namespace, socket, snapshotter, platform };
@@ -166,9 +179,44 @@ fn run_pull(config: &Config, pull: &Pull, complete: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
+fn run_drain(config: &Config, undo: bool) -> anyhow::Result<()> {
+    let mark = || format!("cannot note in {} whether the node is drained", config.root.display());
+    Drain::of(&config.root).set(!undo).with_context(mark)?;
+    if undo {
+        println!("layers are lazy again");
+        return Ok(());
+    }
+    println!("drained: containerd unpacks what is pulled from now on");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let (socket, shown) = (config.socket(), Progress::new().whole());
+    let show = |at: &CompleteProgress| shown.here(at.bytes_here, at.device_size);
+    let completed = runtime.block_on(drain::complete(&socket, show));
+    // Whether or not all is here, who uses what is worth knowing.
+    let users = runtime.block_on(drain::users(&socket))?;
+    if completed.as_ref().is_ok_and(|layers| *layers > 0) {
+        shown.done("all here");
+    }
+    print!("{users}");
+    completed.context("not all layers are here whole: containers that read the rest need the network")?;
+    Ok(())
+}
+
+fn run_uninstall(config: &Config) -> anyhow::Result<()> {
+    let left = uninstall::uninstall(config)?;
+    println!("removed {} and {}", config.root.display(), config.run.display());
+    for path in left {
+        println!("{} is not Drover's and stays", path.display());
+    }
+    print!("{}", uninstall::BY_HAND);
+    Ok(())
+}
+
 fn run_status(config: &Config, layers: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let status = runtime.block_on(client::status(&config.socket()))?;
     print!("{}", render(&status, layers));
+    if Drain::of(&config.root).is_on() {
+        println!("\n{}: drover-snapshotter drain --undo ends that", drain::REASON);
+    }
     Ok(())
 }

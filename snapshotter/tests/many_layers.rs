@@ -129,6 +129,7 @@ async fn prepare_all(root: &Path) -> Duration {
         hints: Arc::new(Hints::new(About::new(&containerd))),
         stall: Duration::from_secs(10),
         ability: None,
+        drain: snapshotter::drain::Drain::of(root),
     });
     let sweeper = Arc::new(Sweeper::new(store.clone(), layers.clone()));
     let socket = root.join("drover.sock");

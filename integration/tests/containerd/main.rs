@@ -2,6 +2,7 @@
 //! in a sandbox of its own (see `lab::sandbox`).
 
 mod equal;
+mod leaving;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

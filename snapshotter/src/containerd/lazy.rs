@@ -7,6 +7,11 @@ use crate::snapshots::{Labels, Release};
 
 /// Makes lazy snapshots when containerd asks for a layer, and lets go of layers that it does not need any more.
 pub trait LazyLayers: Send + Sync + 'static {
+    /// Why no layer at all is to be lazy now, if so.
+    fn refusal(&self) -> Option<String> {
+        None
+    }
+
     /// Tries to make the committed snapshot that `request` will unpack. May take long, but must end in time before
     /// `request.deadline`. The future is dropped if the caller goes away.
     fn prepare(&self, request: PrepareLazy<'_>) -> impl Future<Output = LazyOutcome> + Send;

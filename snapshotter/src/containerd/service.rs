@@ -85,6 +85,9 @@ impl<L: LazyLayers> Service<L> {
     /// Succeeds where containerd shall unpack the layer, and says why.
     async fn prepare_lazy(&self, request: PrepareLazy<'_>) -> Result<Option<String>, ServiceError> {
         let PrepareLazy { key, parent, target, .. } = request;
+        if let Some(reason) = self.lazy.refusal() {
+            return Ok(Some(reason));
+        }
         let exists = || ServiceError::TargetExists { target: target.to_owned() };
         if self.lazy_target(target, parent).await? {
             return Err(exists());

@@ -16,6 +16,7 @@ use super::labels::{LabelError, PullLabels, chain_of, diff_id};
 use super::resolutions::{Resolutions, WaitError};
 use crate::containerd::lazy::{LazyLayers, LazyOutcome, PrepareLazy};
 use crate::containerd::source::ContentSource;
+use crate::drain::{self, Drain};
 use crate::mount::layers::{AttachError, LayerMounts};
 use crate::mount::probe::Ability;
 use crate::snapshots::{LazyBacking, LazyCommit, Release, Store, Usage};
@@ -119,6 +120,8 @@ pub struct ImageLayers {
     pub stall: Duration,
     /// Whether anything can be lazy on this node; believed where it is `None`.
     pub ability: Option<Arc<Ability>>,
+    /// Whether nothing is to be lazy any more.
+    pub drain: Drain,
 }
 
 /// What a `Prepare` asks for.
@@ -143,6 +146,10 @@ struct Known {
 }
 
 impl LazyLayers for ImageLayers {
+    fn refusal(&self) -> Option<String> {
+        self.drain.is_on().then(|| drain::REASON.to_owned())
+    }
+
     async fn prepare(&self, request: PrepareLazy<'_>) -> LazyOutcome {
         match self.try_prepare(&request).await {
             Ok(()) => LazyOutcome::Committed,

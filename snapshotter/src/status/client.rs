@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(250);
 
 /// What the daemon at `socket` says of itself.
 pub async fn status(socket: &Path) -> anyhow::Result<StatusResponse> {
-    let ask = async { anyhow::Ok(connect(socket).await?.status(StatusRequest {}).await?.into_inner()) };
+    let ask = async { anyhow::Ok(self::ask(socket).await?.status(StatusRequest {}).await?.into_inner()) };
     tokio::time::timeout(PATIENCE, ask)
         .await
         .with_context(|| format!("no answer within {PATIENCE:?}"))
@@ -39,7 +39,7 @@ pub async fn complete(socket: &Path, blobs: &[Digest], mut show: impl FnMut(&Com
     let mut lost: Option<Instant> = None;
     loop {
         let asked = async {
-            let mut progress = connect(socket).await?.complete(request.clone()).await?.into_inner();
+            let mut progress = ask(socket).await?.complete(request.clone()).await?.into_inner();
             while let Some(next) = progress.message().await? {
                 lost = None;
                 show(&next);
@@ -69,11 +69,16 @@ fn cannot_ask(socket: &Path) -> String {
     format!("cannot ask the daemon at {}: does it run?", socket.display())
 }
 
-async fn connect(socket: &Path) -> Result<NodeClient<Channel>, tonic::transport::Error> {
+async fn ask(socket: &Path) -> Result<NodeClient<Channel>, tonic::transport::Error> {
+    Ok(NodeClient::new(connect(socket).await?))
+}
+
+/// A channel to the daemon at `socket`.
+pub(crate) async fn connect(socket: &Path) -> Result<Channel, tonic::transport::Error> {
     let path = socket.to_owned();
     let connect = tower::service_fn(move |_: Uri| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    Ok(NodeClient::new(Endpoint::from_static("http://drover").connect_with_connector(connect).await?))
+    Endpoint::from_static("http://drover").connect_with_connector(connect).await
 }
