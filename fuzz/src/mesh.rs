@@ -123,7 +123,9 @@ fn to_neighbour(input: &[u8]) {
         let Ok(ToNeighbour { message: Some(message) }) = ToNeighbour::decode(message) else { continue };
         let id = SourceId(10 + u64::from(line % 4));
         match message {
-            to_neighbour::Message::Hello(hello) => swarm.add_peer(now, LAYER, id, Zone::named(&hello.zone)),
+            to_neighbour::Message::Hello(hello) => {
+                swarm.add_peer(now, LAYER, id, PeerId(id.0), Zone::named(&hello.zone))
+            }
             to_neighbour::Message::Haves(told) => {
                 let delegates = told.delegates.iter();
                 let delegates: Vec<Delegate> = delegates

@@ -310,6 +310,9 @@ impl Driver {
         for run in layer.take_ahead() {
             self.swarm.want(now, key, run, Priority::Readahead, Duration::MAX);
         }
+        for stretch in layer.take_stretches() {
+            self.swarm.read_on(now, key, stretch);
+        }
         self.fill.look_at(layer);
     }
 

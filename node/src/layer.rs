@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::counters::{CounterValues, Counters};
 use crate::driver::Inbox;
-use crate::reader::{Enter, OnDone, ReadError, Streams, Waiting, Waits, around};
+use crate::reader::{Ahead, Enter, OnDone, ReadError, Streams, Waiting, Waits, around};
 use crate::source::Source;
 use crate::store::{Added, Change, Held, LayerStore, StoreError, Unstored};
 
@@ -40,8 +40,9 @@ pub struct Layer {
     store: LayerStore,
     waits: Waits,
     streams: Streams,
-    /// Runs to fetch ahead of readers, until the driver takes them.
+    /// Runs to fetch ahead of readers, and what such will read then, until the driver takes them.
     ahead: Mutex<Vec<Range<u32>>>,
+    stretches: Mutex<Vec<Range<u32>>>,
     sources: Mutex<Sources>,
     filling: AtomicBool,
     /// How many wait for the whole layer.
@@ -100,6 +101,7 @@ impl Layer {
             waits,
             streams: Streams::new(options.readahead_bytes_max),
             ahead: Mutex::default(),
+            stretches: Mutex::default(),
             sources: Mutex::default(),
             filling: AtomicBool::new(false),
             awaited: AtomicUsize::new(0),
@@ -412,6 +414,11 @@ impl Layer {
         missing
     }
 
+    /// What readers who go through the layer in order will probably read after what is read ahead for them.
+    pub(crate) fn take_stretches(&self) -> Vec<Range<u32>> {
+        std::mem::take(&mut *self.stretches.lock())
+    }
+
     /// Stores a chunk whose digest was checked and wakes who waits for it. Gives whether it was missing.
     pub(crate) fn take_chunk(self: &Arc<Self>, chunk: u32, plain: &[u8]) -> bool {
         let (is_new, held) = match self.store.add(chunk, plain) {
@@ -625,9 +632,14 @@ impl Layer {
 
     fn observe(&self, range: &Range<u64>) {
         if !self.complete.load(Ordering::Acquire)
-            && let Some(ahead) = self.streams.observe(range)
+            && let Some(Ahead { window, stretch }) = self.streams.observe(range)
         {
-            self.prefetch(ahead);
+            let mut stretches = self.stretches.lock();
+            if stretches.len() < AHEAD_MAX {
+                stretches.push(self.geometry().covering(self.clamp(stretch)));
+            }
+            drop(stretches);
+            self.prefetch(window);
         }
     }
 

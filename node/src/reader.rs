@@ -271,6 +271,19 @@ struct Stream {
     ahead: u64,
 }
 
+/// What a reader who goes through a layer in order will probably read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    /// To be fetched now.
+    pub(crate) window: Range<u64>,
+    /// What follows: where others read the same, each may fetch a part of it for all.
+    pub(crate) stretch: Range<u64>,
+}
+
+/// How many windows follow the first. A node in a company of eight so fetches as much ahead as it would alone, and what it fetches for
+/// the others is known to them before they need it: they hear of it after 50 ms, and a window takes 17 ms on a link of 1 Gbit/s.
+const STRETCH: u64 = 7;
+
 impl Streams {
     /// Reads at most `window_max` bytes ahead of a reader; 0: not at all.
     pub(crate) fn new(window_max: u64) -> Self {
@@ -283,7 +296,7 @@ impl Streams {
     }
 
     /// Somebody reads `range`: what should be fetched ahead, if anything.
-    pub(crate) fn observe(&self, range: &Range<u64>) -> Option<Range<u64>> {
+    pub(crate) fn observe(&self, range: &Range<u64>) -> Option<Ahead> {
         if self.is_off() {
             return None;
         }
@@ -312,7 +325,7 @@ impl Streams {
             stream.ahead = ahead.end;
         }
         streams.push_front(stream);
-        ahead
+        ahead.map(|ahead| Ahead { stretch: ahead.end..ahead.end + window * STRETCH, window: ahead })
     }
 }
 
@@ -414,12 +427,13 @@ mod tests {
         let streams = Streams::new(1 << 20);
         let k128 = 128 << 10;
         assert_eq!(streams.observe(&(0..k128)), None);
-        assert_eq!(streams.observe(&(k128..2 * k128)), Some(2 * k128..3 * k128));
+        let first = Ahead { window: 2 * k128..3 * k128, stretch: 3 * k128..10 * k128 };
+        assert_eq!(streams.observe(&(k128..2 * k128)), Some(first));
         let mut ahead = 3 * k128;
         for n in 2..40 {
-            if let Some(range) = streams.observe(&(n * k128..(n + 1) * k128)) {
-                assert_eq!(range.start, ahead);
-                ahead = range.end;
+            if let Some(Ahead { window, stretch }) = streams.observe(&(n * k128..(n + 1) * k128)) {
+                assert_eq!((window.start, stretch.start), (ahead, window.end));
+                ahead = window.end;
             }
             let read = (n + 1) * k128;
             assert!(ahead <= read + (read / 2).min(1 << 20));

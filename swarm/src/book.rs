@@ -9,7 +9,7 @@ use layer::{ChunkIndex, Geometry};
 
 use crate::chunk_set::ChunkSet;
 use crate::mesh::Mesh;
-use crate::peer::Zone;
+use crate::peer::{PeerId, Zone};
 use crate::swarm::{FetchId, Priority, SourceId};
 
 /// The wants of one layer.
@@ -38,6 +38,9 @@ pub(crate) struct Offer {
     pub(crate) units: Vec<Range<u64>>,
     /// A neighbour's chunks, as it told; `None`: everything.
     pub(crate) has: Option<ChunkSet>,
+    /// A neighbour's number in the mesh, and when it last told that something came.
+    pub(crate) peer: PeerId,
+    pub(crate) heard: Duration,
     /// A neighbour's zone, where it is another one.
     pub(crate) far: Option<Zone>,
     /// What a neighbour is about to have from the registry, and when it said so.
@@ -109,6 +112,8 @@ pub(crate) struct Fetch {
     pub(crate) cover: Range<u32>,
     pub(crate) got: BTreeSet<u32>,
     pub(crate) priority: Priority,
+    /// What its source was told.
+    pub(crate) asked_as: Priority,
     /// What it counts for at its source.
     pub(crate) bytes: u64,
     pub(crate) started: Duration,
@@ -132,7 +137,7 @@ impl Fetch {
 
 impl Offer {
     pub(crate) fn all(units: Vec<Range<u64>>) -> Self {
-        Self { units, has: None, far: None, coming: Default::default() }
+        Self { units, has: None, peer: PeerId(0), heard: Duration::ZERO, far: None, coming: Default::default() }
     }
 
     pub(crate) fn has(&self, chunk: u32) -> bool {

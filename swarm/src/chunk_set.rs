@@ -99,7 +99,7 @@ impl ChunkSet {
 
     /// The first member at or above `from`.
     pub fn next(&self, from: u32) -> Option<u32> {
-        self.first(from, self.len, |_, word| word)
+        first(self.words.iter().copied(), from, self.len)
     }
 
     /// The last member.
@@ -113,7 +113,7 @@ impl ChunkSet {
         let mut from = 0;
         std::iter::from_fn(move || {
             let start = self.next(from)?;
-            let end = self.first(start, self.len, |_, word| !word).unwrap_or(self.len);
+            let end = first(self.words.iter().map(|word| !word), start, self.len).unwrap_or(self.len);
             from = end;
             Some(start..end)
         })
@@ -121,22 +121,7 @@ impl ChunkSet {
 
     /// The first chunk at or above `from` and below `end` that is in both.
     pub(crate) fn next_in_both(&self, other: &Self, from: u32, end: u32) -> Option<u32> {
-        let end = end.min(self.len);
-        if from >= end {
-            return None;
-        }
-        let at = (from / 64) as usize;
-        let words = self.words.get(at..end.div_ceil(64) as usize)?.iter().zip(other.words.get(at..)?);
-        let mut mask = u64::MAX << (from % 64);
-        for (ahead, (word, other)) in words.enumerate() {
-            let both = word & other & mask;
-            if both != 0 {
-                let chunk = (at + ahead) as u32 * 64 + both.trailing_zeros();
-                return (chunk < end).then_some(chunk);
-            }
-            mask = u64::MAX;
-        }
-        None
+        first(self.words.iter().zip(&other.words).map(|(word, other)| word & other), from, end.min(self.len))
     }
 
     /// The last chunk below `end` that is in both.
@@ -149,29 +134,40 @@ impl ChunkSet {
 
     /// The first chunk at or above `from` and below `end` that is in this set and not in `other`.
     pub(crate) fn next_not_in(&self, other: &Self, from: u32, end: u32) -> Option<u32> {
-        self.first(from, end, |at, word| word & !other.word(at))
+        first(self.words.iter().zip(&other.words).map(|(word, other)| word & !other), from, end.min(self.len))
+    }
+
+    /// The chunks of `range` that are in this set and not in `other`, in order. Both hold as many.
+    pub(crate) fn in_only(&self, other: &Self, range: Range<u32>) -> impl Iterator<Item = u32> {
+        let mut from = range.start;
+        std::iter::from_fn(move || {
+            let chunk = self.next_not_in(other, from, range.end)?;
+            from = chunk + 1;
+            Some(chunk)
+        })
     }
 
     fn word(&self, at: u32) -> u64 {
         self.words.get(at as usize).copied().unwrap_or(0)
     }
+}
 
-    fn first(&self, from: u32, end: u32, of: impl Fn(u32, u64) -> u64) -> Option<u32> {
-        let end = end.min(self.len);
-        if from >= end {
-            return None;
-        }
-        let mut mask = u64::MAX << (from % 64);
-        for at in from / 64..=(end - 1) / 64 {
-            let word = of(at, self.word(at)) & mask;
-            if word != 0 {
-                let chunk = at * 64 + word.trailing_zeros();
-                return (chunk < end).then_some(chunk);
-            }
-            mask = u64::MAX;
-        }
-        None
+/// The first chunk at or above `from` and below `end` in a set of these words.
+fn first(words: impl ExactSizeIterator<Item = u64>, from: u32, end: u32) -> Option<u32> {
+    if from >= end {
+        return None;
     }
+    let at = from / 64;
+    let mut mask = u64::MAX << (from % 64);
+    for (word, at) in words.take(end.div_ceil(64) as usize).skip(at as usize).zip(at..) {
+        let found = word & mask;
+        if found != 0 {
+            let chunk = at * 64 + found.trailing_zeros();
+            return (chunk < end).then_some(chunk);
+        }
+        mask = u64::MAX;
+    }
+    None
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@
 //!
 //! - Whoever a seeder introduces is added with [`Swarm::add_peer`] and told all of [`Swarm::have`]; what it tells goes to
 //!   [`Swarm::on_haves`]. [`Swarm::remove_source`] when its connection is gone.
+//! - What a reader will want who goes through the layer in order goes to [`Swarm::read_on`].
 //! - What a seeder assigns goes to [`Swarm::assign`]; the loss of its connection to [`Swarm::on_source_lost`], any other sign
 //!   of life to [`Swarm::on_alive`].
 //! - After [`Swarm::poll_action`] gave `None`, each [`Message`] of [`Swarm::poll_message`] is sent.
@@ -35,6 +36,7 @@
 //! - `picker`: which source, which run, whether now (policy).
 //! - `source`: rest after blame, bytes in flight and speed of one source.
 //! - `mesh`: one layer among neighbours: haves, assignments, whom to ask (policy), what to tell.
+//! - `company`: readers in step share what is read ahead (policy).
 //! - `delegates`: who asks the registry when all seeders are gone.
 //! - `hedging`: when a neighbour is late, and the budget for asking twice.
 //! - `uploads`: whether a request of a peer is served now.
@@ -44,6 +46,7 @@
 
 mod book;
 mod chunk_set;
+mod company;
 mod config;
 mod delegates;
 mod hedging;

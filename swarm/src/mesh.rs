@@ -78,7 +78,9 @@ const LOOK: Duration = Duration::from_millis(150);
 /// The state of one layer.
 #[derive(Debug)]
 pub(crate) struct Mesh {
+    pub(crate) me: PeerId,
     zone: Zone,
+    pub(crate) salt: u64,
     draw: u64,
     have: ChunkSet,
     untold: ChunkSet,
@@ -112,7 +114,13 @@ impl Mesh {
         }
     }
 
-    fn copies(&self, chunk: u32) -> u16 {
+    /// Whether a chunk is here.
+    pub(crate) fn has(&self, chunk: u32) -> bool {
+        self.have.contains(chunk)
+    }
+
+    /// How many neighbours are known to have a chunk.
+    pub(crate) fn copies(&self, chunk: u32) -> u16 {
         self.copies.get(chunk as usize).copied().unwrap_or(0)
     }
 }
@@ -134,7 +142,9 @@ impl Swarm {
         let Some(book) = self.books.get_mut(&layer).filter(|book| book.mesh.is_none()) else { return };
         let empty = ChunkSet::new(book.geometry.chunk_count());
         let mut mesh = Mesh {
+            me,
             zone,
+            salt,
             draw: mix(me.0 ^ salt),
             have: empty.clone(),
             untold: empty.clone(),
@@ -177,9 +187,9 @@ impl Swarm {
         }
     }
 
-    /// Somebody introduced a neighbour of a layer in a mesh; what it has it tells with [`Swarm::on_haves`]. It goes with
-    /// [`Swarm::remove_source`].
-    pub fn add_peer(&mut self, now: Duration, layer: LayerKey, source: SourceId, zone: Zone) {
+    /// Somebody introduced a neighbour of a layer in a mesh, which calls itself `peer` there; what it has it tells with
+    /// [`Swarm::on_haves`]. It goes with [`Swarm::remove_source`].
+    pub fn add_peer(&mut self, now: Duration, layer: LayerKey, source: SourceId, peer: PeerId, zone: Zone) {
         self.now = self.now.max(now);
         let Some(book) = self.books.get_mut(&layer) else { return };
         let Some(mesh) = &book.mesh else { return };
@@ -188,7 +198,7 @@ impl Swarm {
         }
         let has = Some(ChunkSet::new(book.geometry.chunk_count()));
         let far = (zone != mesh.zone).then_some(zone);
-        book.sources.insert(source, Offer { units: Vec::new(), has, far, coming: Default::default() });
+        book.sources.insert(source, Offer { has, peer, far, ..Offer::all(Vec::new()) });
         self.sources.entry(source).or_insert_with(|| Source::new(SourceKind::Peer)).layers += 1;
     }
 
@@ -210,6 +220,7 @@ impl Swarm {
         for run in runs {
             for chunk in run.start..run.end.min(has.capacity()) {
                 if has.insert(chunk) {
+                    offer.heard = self.now;
                     mesh.copies.get_mut(chunk as usize).into_iter().for_each(|copies| *copies += 1);
                 }
             }
@@ -430,9 +441,11 @@ impl Swarm {
             return false;
         }
         let picked = if self.download.is_ready(self.now) {
+            let turns = if priority == Priority::Readahead { self.turns(book, mesh) } else { None };
+            let queued = turns.as_ref().unwrap_or(book.queued_set(priority));
             let assigned = self.pick_assigned(book, mesh, priority);
-            let peer = || if has_room { self.pick_peer(book, mesh, priority) } else { None };
-            let seeder = || if has_room { self.pick_from_seeder(book, mesh, priority) } else { None };
+            let peer = || if has_room { self.pick_peer(book, mesh, priority, queued) } else { None };
+            let seeder = || if has_room { self.pick_from_seeder(book, mesh, priority, queued) } else { None };
             // The registry is there for nobody while a seeder is; a seeder that is gone is still asked now and then.
             let registry = || self.pick_from_registry(book, mesh, priority);
             let is_reliable =
@@ -518,8 +531,13 @@ impl Swarm {
         Some((*source, self.run(book, *chunk, self.config.peer_run_bytes, joins)))
     }
 
-    fn pick_peer(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
-        let queued = book.queued_set(priority);
+    fn pick_peer(
+        &self,
+        book: &Book,
+        mesh: &Mesh,
+        priority: Priority,
+        queued: &ChunkSet,
+    ) -> Option<(SourceId, Range<u32>)> {
         let chunk_size = book.geometry.chunk_size();
         let draw = mix(mesh.draw ^ self.next_fetch);
         let class = self.class(book, priority);
@@ -530,7 +548,7 @@ impl Swarm {
             Some(first) => (first, queued.last_in_both(&mesh.peers_have, u32::MAX)?),
             None => (queued.next(0)?, queued.last()?),
         };
-        let mut peers: Vec<(bool, Duration, u64, SourceId)> = Vec::new();
+        let mut peers: Vec<(bool, [u32; 2], Duration, u64, SourceId)> = Vec::new();
         for (id, offer) in &book.sources {
             let (Some(has), Some(source)) = (&offer.has, self.sources.get(id)) else { continue };
             if (offered.is_some() || !source.is_reliable(&self.config, self.now))
@@ -538,14 +556,21 @@ impl Swarm {
                 && source.has_room(&self.config, class, chunk_size)
                 && queued.next_in_both(has, first, last + 1).is_some()
             {
-                peers.push((offer.far.is_some(), source.expected_wait(self.now), mix(draw ^ id.0), *id));
+                let wait = source.expected_wait(self.now);
+                // Of about equally busy ones who has least: who is ahead would be asked by all.
+                let ahead = if priority == Priority::Readahead {
+                    [wait.as_micros().max(1).ilog2(), has.count()]
+                } else {
+                    [0, 0]
+                };
+                peers.push((offer.far.is_some(), ahead, wait, mix(draw ^ id.0), *id));
             }
         }
         peers.sort_unstable();
         let from = |draw: u64| first + (draw % u64::from(last - first + 1)) as u32;
         let start = if in_order { first } else { from(draw) };
         let mut far_allowed = None;
-        for (is_far, _, _, id) in peers {
+        for (is_far, _, _, _, id) in peers {
             let Some(has) = book.sources.get(&id).and_then(|offer| offer.has.as_ref()) else { continue };
             let found =
                 |from| queued.next_in_both(has, from, last + 1).or_else(|| queued.next_in_both(has, first, from));
@@ -572,33 +597,38 @@ impl Swarm {
     }
 
     /// Chunks that no neighbour may be asked for.
-    fn pick_from_seeder(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
+    fn pick_from_seeder(
+        &self,
+        book: &Book,
+        mesh: &Mesh,
+        priority: Priority,
+        queued: &ChunkSet,
+    ) -> Option<(SourceId, Range<u32>)> {
         if priority == Priority::Background && mesh.last_start + self.config.orphan_patience > self.now {
             return None;
         }
-        let queued = book.queued_set(priority);
+        let is_crowd = self.is_crowd(book, priority);
+        let seeders = self.of_kind(book, SourceKind::Seeder, priority, |source| {
+            source.has_room(&self.config, priority, book.geometry.chunk_size())
+                && (!is_crowd || source.in_flight_fetches() < self.config.crowd_fetches_max)
+        });
         let usable = |chunk: u32| {
             let peers = book.sources.iter().filter(|(_, offer)| offer.has.is_some() && offer.has(chunk));
             peers.filter_map(|(id, _)| self.sources.get(id)).any(|source| source.rests_until(priority) <= self.now)
         };
         // Not all nodes should ask for the same first one.
-        let is_crowd = self.is_crowd(book, priority);
         let draw = if is_crowd { mix(mesh.draw ^ self.next_fetch) } else { 0 };
-        let from = (draw % u64::from(queued.capacity().max(1))) as u32;
-        let orphan = || {
-            let after = queued.next_not_in(&mesh.peers_have, from, u32::MAX);
-            after.or_else(|| queued.next_not_in(&mesh.peers_have, 0, from))
-        };
-        let deserted = || book.queued(priority).map(|(_, chunk)| chunk).take(HEADS).find(|chunk| !usable(*chunk));
-        let chunk = orphan().or_else(deserted)?;
-        let is_seeder = |source: &&Source| source.kind == SourceKind::Seeder;
-        let seeders = book.sources.keys().filter_map(|id| Some((*id, self.sources.get(id).filter(is_seeder)?)));
-        let usable = seeders.filter(|(id, source)| {
-            picker::from(source, book, *id, chunk, priority) <= self.now
-                && source.has_room(&self.config, priority, book.geometry.chunk_size())
-                && (!is_crowd || source.in_flight_fetches() < self.config.crowd_fetches_max)
-        });
-        let (id, _) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
+        let start = (draw % u64::from(queued.capacity().max(1))) as u32;
+        let orphans_in = |range: Range<u32>| queued.in_only(&mesh.peers_have, range);
+        let orphans = orphans_in(start..u32::MAX).chain(orphans_in(0..start)).take(HEADS);
+        // What is read ahead where others read, too, can wait until who has it is less busy.
+        let heads = if queued.count() == book.queued_set(priority).count() { HEADS } else { 0 };
+        let deserted = book.queued(priority).map(|(_, chunk)| chunk).take(heads).filter(|chunk| !usable(*chunk));
+        let (id, chunk) = orphans.chain(deserted).find_map(|chunk| {
+            let may =
+                |(id, source): &&(SourceId, &Source)| picker::from(source, book, *id, chunk, priority) <= self.now;
+            seeders.iter().find(may).map(|(id, _)| (*id, chunk))
+        })?;
         let is_small = is_crowd || priority == Priority::Background;
         let bytes = if is_small { self.config.peer_run_bytes } else { self.config.demand_run_bytes };
         let ahead = book.queued_set(Priority::Readahead);
@@ -610,13 +640,26 @@ impl Swarm {
         Some((id, self.run(book, chunk, bytes, joins)))
     }
 
+    /// The sources of that kind that may be asked for something, those that are asked least first.
+    fn of_kind<'a>(
+        &'a self,
+        book: &Book,
+        kind: SourceKind,
+        priority: Priority,
+        may: impl Fn(&Source) -> bool,
+    ) -> Vec<(SourceId, &'a Source)> {
+        let sources = book.sources.keys().filter_map(|id| Some((*id, self.sources.get(id)?)));
+        let may = |source: &Source| source.kind == kind && source.rests_until(priority) <= self.now && may(source);
+        let mut found: Vec<_> = sources.filter(|(_, source)| may(source)).collect();
+        found.sort_by_key(|(id, source)| (source.in_flight_bytes(), *id));
+        found
+    }
+
     /// Chunks that no neighbour has and that it is this node's turn to fetch for all.
     fn pick_from_registry(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {
         let gone = self.seeder_gone_at(book, mesh, priority)?;
-        let is_registry = |source: &&Source| source.kind == SourceKind::Registry && self.registry.is_ready(self.now);
-        let registries = book.sources.keys().filter_map(|id| Some((*id, self.sources.get(id).filter(is_registry)?)));
-        let usable = registries.filter(|(_, source)| source.rests_until(priority) <= self.now);
-        let (id, source) = usable.min_by_key(|(id, source)| (source.in_flight_bytes(), *id))?;
+        let registries = self.of_kind(book, SourceKind::Registry, priority, |_| self.registry.is_ready(self.now));
+        let (id, source) = *registries.first()?;
         let queued = book.queued_set(priority);
         let mut from = 0;
         for _ in 0..HEADS * 4 {

@@ -24,8 +24,8 @@ pub(crate) struct Source {
     pub(crate) asked_at: Duration,
     /// It lives, and gave nothing for so long that this does not count.
     is_stuck: bool,
-    /// It said that it has enough to do; no fault.
-    busy_until: Duration,
+    /// It said that it has enough to do, for demand and for all else; no fault.
+    busy_until: [Duration; 2],
     /// Since when it says nothing else.
     busy_since: Option<Duration>,
     /// It sent a wrong chunk: it is never asked again.
@@ -71,7 +71,7 @@ impl Source {
             alive_at: Duration::ZERO,
             asked_at: Duration::ZERO,
             is_stuck: false,
-            busy_until: Duration::ZERO,
+            busy_until: [Duration::ZERO; 2],
             busy_since: None,
             is_cut: false,
             pace: None,
@@ -81,7 +81,8 @@ impl Source {
 
     /// From when the source may be asked for a chunk of `priority`.
     pub(crate) fn rests_until(&self, priority: Priority) -> Duration {
-        self.fails_until(priority).max(self.busy_until)
+        let [demand, other] = self.busy_until;
+        self.fails_until(priority).max(priority.choose(demand, other, other))
     }
 
     /// The same for what it asked this node to fetch: for that it is never too busy.
@@ -93,9 +94,13 @@ impl Source {
         }
     }
 
-    /// It is not to be asked before `until`, without being at fault.
-    pub(crate) fn busy(&mut self, now: Duration, until: Duration) {
-        self.busy_until = self.busy_until.max(until);
+    /// It is not to be asked before `until` for what is as urgent as `priority` or less, without being at fault.
+    pub(crate) fn busy(&mut self, now: Duration, priority: Priority, until: Duration) {
+        let [demand, other] = &mut self.busy_until;
+        *other = until.max(*other);
+        if priority == Priority::Demand {
+            *demand = until.max(*demand);
+        }
         self.busy_since.get_or_insert(now);
     }
 

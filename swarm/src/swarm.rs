@@ -352,10 +352,7 @@ impl Swarm {
             }
             Outcome::Missing { reason } => (Some(reason), true),
             Outcome::Busy { retry_after } => {
-                if let Some(source) = self.sources.get_mut(&source) {
-                    source.moved(self.now);
-                    source.busy(self.now, self.now + retry_after.min(self.config.rest_max));
-                }
+                self.leave_busy(&ended, self.now + retry_after.min(self.config.rest_max));
                 (None, false)
             }
             Outcome::Failed { reason, retry_after } => {
@@ -636,6 +633,7 @@ impl Swarm {
             cover,
             got: Default::default(),
             priority,
+            asked_as: priority,
             bytes,
             started: self.now,
             last_progress: self.now,
@@ -886,6 +884,27 @@ impl Swarm {
         self.timers.set(&mut want.unpark_at, None, Timer::Unpark(layer, chunk));
         self.timers.set(&mut want.expire_at, None, Timer::Expire(layer, chunk));
         Some(want)
+    }
+
+    /// What was asked of a source is not asked there before `until`. Nor is anything else, except at a seeder that serves few readers: who
+    /// has enough to do to give a neighbour one chunk has so for the next, but a seeder says that others have this one.
+    fn leave_busy(&mut self, ended: &Fetch, until: Duration) {
+        let Some(source) = self.sources.get_mut(&ended.source) else { return };
+        source.moved(self.now);
+        let Some(book) = self.books.get_mut(&ended.layer) else { return };
+        let is_of_chunks = source.kind == SourceKind::Seeder
+            && book.mesh.is_some()
+            && book.queued_set(Priority::Demand).count() <= self.config.ordered_max;
+        if !is_of_chunks {
+            return source.busy(self.now, Priority::Demand, until);
+        }
+        source.busy(self.now, Priority::Readahead.max(ended.asked_as), until);
+        for chunk in ended.run.clone() {
+            if let Some(want) = book.want_mut(chunk) {
+                let attempts = want.avoid.get(&ended.source).map_or(0, |avoid| avoid.attempts);
+                want.avoid.insert(ended.source, Avoid { until, attempts });
+            }
+        }
     }
 
     fn note_failure(&mut self, layer: LayerKey, chunk: u32, source: SourceId, reason: Arc<str>, avoid: bool) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use layer::Geometry;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use simulator::{LAYER, Scenario, simulate};
+use simulator::{LAYER, Reading, Report, Scenario, simulate};
 use swarm::{
     Action, Config, FetchId, Message, Outcome, PeerId, Priority, SourceId, SourceKind, Swarm, UploadConfig, Verdict,
     Zone,
@@ -19,9 +19,13 @@ const REGISTRY: SourceId = SourceId(2);
 const CHUNKS: u32 = 64;
 
 fn core(config: Config) -> Swarm {
+    core_of(1, config)
+}
+
+fn core_of(me: u64, config: Config) -> Swarm {
     let mut swarm = Swarm::new(config, 7);
     swarm.add_layer(LAYER, Geometry::new(u64::from(CHUNKS) << 17, 17).unwrap());
-    swarm.open_mesh(ms(0), LAYER, PeerId(1), Zone(1), 5, []);
+    swarm.open_mesh(ms(0), LAYER, PeerId(me), Zone(1), 5, []);
     swarm.add_source(LAYER, SEEDER, SourceKind::Seeder, Vec::new());
     swarm.add_source(LAYER, REGISTRY, SourceKind::Registry, Vec::new());
     swarm
@@ -32,7 +36,7 @@ fn ms(millis: u64) -> Duration {
 }
 
 fn neighbour(swarm: &mut Swarm, id: u64, zone: u32, has: std::ops::Range<u32>) -> SourceId {
-    swarm.add_peer(ms(0), LAYER, SourceId(id), Zone(zone));
+    swarm.add_peer(ms(0), LAYER, SourceId(id), PeerId(id), Zone(zone));
     swarm.on_haves(ms(0), LAYER, SourceId(id), &[has], &[]);
     SourceId(id)
 }
@@ -490,6 +494,119 @@ fn many_readers_at_once_wait_little_and_leave_the_registry_alone() {
     let report = simulate(cold);
     assert_eq!(report.complete, report.nodes);
     assert!(report.p99 <= ms(618) && report.registry_copies == 0.0, "{report:?}");
+}
+
+/// What is fetched at `now`, each time with an answer at once, and from whom.
+fn fetched(swarm: &mut Swarm, now: Duration) -> Vec<(SourceId, u32)> {
+    let mut fetched = Vec::new();
+    swarm.handle_timeout(now);
+    loop {
+        let asked = fetches(swarm, now);
+        if asked.is_empty() {
+            return fetched;
+        }
+        for (fetch, source, run) in asked {
+            for chunk in run {
+                swarm.on_chunk(now, fetch, chunk, Verdict::Verified);
+                fetched.push((source, chunk));
+            }
+            swarm.on_end(now, fetch, Outcome::Done);
+        }
+    }
+}
+
+/// Of 2..34 one part each, of what follows too, and nobody what another one takes.
+#[test]
+fn what_is_read_ahead_is_shared_by_who_reads_the_same() {
+    let members = [10, 11, 12];
+    let mut parts = Vec::new();
+    for me in members {
+        let mut swarm = core_of(me, Config::default());
+        for other in members.iter().filter(|other| **other != me) {
+            neighbour(&mut swarm, *other, 1, 0..2);
+        }
+        swarm.want(ms(0), LAYER, 2..34, Priority::Readahead, Duration::MAX);
+        swarm.read_on(ms(0), LAYER, 34..CHUNKS);
+        let mine = fetched(&mut swarm, ms(0));
+        assert!(mine.iter().all(|(source, _)| *source == SEEDER));
+        assert!((8..40).contains(&mine.len()), "{mine:?}");
+        let is_mine = |chunk: u32| mine.iter().any(|(_, mine)| *mine == chunk);
+        // What a reader waits for is fetched whoever's turn it is.
+        let waited_for = (2..34).find(|chunk| !is_mine(*chunk)).unwrap();
+        swarm.want(ms(1), LAYER, waited_for..waited_for + 1, Priority::Demand, ms(20_000));
+        assert_eq!(fetched(&mut swarm, ms(1)), [(SEEDER, waited_for)]);
+        // Who takes its turn after long is not waited for, where it is needed soon.
+        let late: BTreeSet<u32> = fetched(&mut swarm, ms(160)).into_iter().map(|(_, chunk)| chunk).collect();
+        assert!((2..34).all(|chunk| is_mine(chunk) || late.contains(&chunk) || chunk == waited_for), "{late:?}");
+        parts.extend(mine.into_iter().map(|(_, chunk)| chunk));
+    }
+    parts.sort_unstable();
+    assert_eq!(parts, (2..CHUNKS).collect::<Vec<_>>());
+}
+
+/// The node that has it gives it to one of them, and not to all.
+#[test]
+fn who_is_ahead_gives_to_one_of_those_behind() {
+    let members = [10, 11, 12];
+    let mut fetching = Vec::new();
+    for me in members {
+        let mut swarm = core_of(me, Config::default());
+        for other in members.iter().filter(|other| **other != me) {
+            neighbour(&mut swarm, *other, 1, 0..2);
+        }
+        let ahead = neighbour(&mut swarm, 20, 1, 0..CHUNKS);
+        swarm.want(ms(0), LAYER, 2..34, Priority::Readahead, Duration::MAX);
+        let mine = fetched(&mut swarm, ms(0));
+        assert!(mine.iter().all(|(source, _)| *source == ahead), "{mine:?}");
+        fetching.extend(mine.into_iter().map(|(_, chunk)| chunk));
+    }
+    fetching.sort_unstable();
+    assert_eq!(fetching, (2..34).collect::<Vec<_>>());
+}
+
+/// A seeder that leaves one chunk to others is still asked for the next.
+#[test]
+fn what_others_have_of_a_seeder_keeps_no_reader_from_the_next() {
+    let mut swarm = core(Config::default());
+    neighbour(&mut swarm, 11, 1, 0..1);
+    swarm.want(ms(0), LAYER, 4..5, Priority::Demand, ms(20_000));
+    let (fetch, ..) = fetches(&mut swarm, ms(0)).remove(0);
+    swarm.on_end(ms(1), fetch, Outcome::Busy { retry_after: ms(250) });
+    swarm.want(ms(2), LAYER, 9..10, Priority::Demand, ms(20_000));
+    let asked: Vec<_> = fetches(&mut swarm, ms(2)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(SEEDER, 9..10)]);
+    swarm.handle_timeout(ms(252));
+    let asked: Vec<_> = fetches(&mut swarm, ms(252)).into_iter().map(|(_, source, run)| (source, run)).collect();
+    assert_eq!(asked, [(SEEDER, 4..5)]);
+}
+
+/// Containers on `nodes` nodes read the same 300 MB from the beginning, a chunk in up to `pause`. Gives what came of it, and a line for the eye.
+fn in_step(seed: u64, nodes: usize, pause: Duration, spread: Duration) -> Report {
+    let reads = Some(Reading { pause, spread });
+    let report = simulate(Scenario { ingest: false, reads, end: ms(60_000), ..Scenario::new(seed, nodes, 300 << 20) });
+    println!(
+        "{nodes} readers, {pause:?} a chunk, {spread:?} apart: last {:?}, seeder {:.3}, most sent by a node {:.2}, waits {:?}, {:?}",
+        report.last, report.seeder_copies, report.node_copies, report.p99, report.longest,
+    );
+    assert_eq!(report.complete, report.nodes);
+    report
+}
+
+/// Who is ahead does not give everything to all others.
+#[test]
+fn readers_in_step_share_what_they_fetch() {
+    for (seed, nodes, pause, spread) in
+        [(1, 8, 800, 100), (2, 8, 800, 20), (3, 20, 800, 100), (4, 8, 10_000, 100), (5, 20, 10_000, 100)]
+    {
+        let report = in_step(seed, nodes, Duration::from_micros(pause), ms(spread));
+        assert!(report.seeder_copies <= 1.2 && report.p99 <= ms(25) && report.longest <= ms(200), "{report:?}");
+        // Where links are the limit, whoever is first is fed by the seeder alone and feeds the rest.
+        let most = if nodes == 20 && pause < 1000 { 1.5 } else { 1.3 };
+        assert!(report.node_copies <= most, "{report:?}");
+        // A link carries the layer in 2.5 s, and a container uses it in half the longest time for each chunk.
+        let bound = Duration::from_micros(2400 * pause / 2).max(ms(2516));
+        assert!(report.last <= bound * 3 / 2, "{report:?}");
+    }
 }
 
 #[test]

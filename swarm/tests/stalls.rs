@@ -50,7 +50,7 @@ impl Node {
         swarm.add_source(LAYER, SEEDER, SourceKind::Seeder, Vec::new());
         let neighbours: Vec<SourceId> = (0..neighbours).map(|n| SourceId(10 + n)).collect();
         for id in &neighbours {
-            swarm.add_peer(Duration::ZERO, LAYER, *id, Zone(0));
+            swarm.add_peer(Duration::ZERO, LAYER, *id, PeerId(id.0), Zone(0));
             swarm.on_haves(Duration::ZERO, LAYER, *id, std::slice::from_ref(&(0..CHUNKS)), &[]);
         }
         let readers = (0..readers).map(|n| (n * (CHUNKS / readers), Duration::ZERO)).collect();

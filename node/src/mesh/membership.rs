@@ -80,6 +80,7 @@ struct Joined {
 
 struct Neighbour {
     id: SourceId,
+    peer: PeerId,
     zone: Zone,
     client: PeerClient,
     /// Layers that both have.
@@ -437,7 +438,7 @@ impl Membership {
     ) -> Option<SourceId> {
         let id = self.acquaint(inbox, address, zone)?;
         let neighbour = self.neighbours.get_mut(&address)?;
-        swarm.add_peer(now, key, id, neighbour.zone);
+        swarm.add_peer(now, key, id, neighbour.peer, neighbour.zone);
         if neighbour.layers.insert(key) {
             self.tell_all(swarm, key, address);
         }
@@ -457,6 +458,7 @@ impl Membership {
         let id = inbox.source_id(SourceKind::Peer, format!("peer {address}"));
         let neighbour = Neighbour {
             id,
+            peer: PeerId::at(address),
             zone,
             client: self.lines.client(address)?,
             layers: BTreeSet::new(),
@@ -496,7 +498,7 @@ impl Neighbour {
     /// It may be asked.
     fn offer(&self, now: Duration, swarm: &mut Swarm) {
         for key in &self.layers {
-            swarm.add_peer(now, *key, self.id, self.zone);
+            swarm.add_peer(now, *key, self.id, self.peer, self.zone);
         }
     }
 

@@ -58,6 +58,8 @@ pub struct Scenario {
     pub seeder_dies_at: Option<u64>,
     /// All want this many bytes at once and nothing else.
     pub demand: Option<u64>,
+    /// Each node has a container that reads the layer from its beginning, and wants nothing else.
+    pub reads: Option<Reading>,
     /// When to give up.
     pub end: Duration,
     pub config: Config,
@@ -84,6 +86,7 @@ impl Scenario {
             leeches: 0,
             seeder_dies_at: None,
             demand: None,
+            reads: None,
             end: Duration::from_secs(600),
             config: Config::default(),
             uploads: UploadConfig::default(),
@@ -111,6 +114,15 @@ impl Scenario {
     }
 }
 
+/// How containers read: a chunk after the other, the next one asked for while one is used.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// What a container does with a chunk takes up to so long.
+    pub pause: Duration,
+    /// The last one begins so long after the first.
+    pub spread: Duration,
+}
+
 /// What came of it.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -134,9 +146,10 @@ pub struct Report {
     pub wrong_got: u64,
     pub wrong_passed_on: u64,
     pub failed: u64,
-    /// Of the demanded chunks.
+    /// Of the demanded chunks, or of those that a container needed.
     pub p50: Duration,
     pub p99: Duration,
+    pub longest: Duration,
     pub events: u64,
     pub requests: u64,
     pub seeder_requests: u64,
@@ -158,6 +171,8 @@ enum Event {
     Haves(u32),
     Tracked(u32),
     Wake(u32),
+    /// A container is done with a chunk.
+    Used(u32),
     Tracker,
 }
 
@@ -240,7 +255,27 @@ struct Node {
     wanted_at: u64,
     demanded: u32,
     got_right: ChunkSet,
+    reader: Reader,
 }
+
+/// A container that reads.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reader {
+    /// The chunk that it needs, since when, and whether it has it and uses it.
+    at: u32,
+    since: u64,
+    uses: bool,
+    /// Chunks below this were asked for.
+    asked: u32,
+    /// Those below this too, ahead of it.
+    ahead: u32,
+}
+
+/// What is read ahead of a container at most, what more where others read the same, and what comes with a chunk that it waits for:
+/// as in `node/src/reader.rs`.
+const AHEAD: u64 = 2 << 20;
+const STRETCH: u32 = 7;
+const BEYOND: u32 = 2;
 
 /// What is on its way, by number.
 #[derive(Debug)]
@@ -350,6 +385,10 @@ impl Simulation {
         let dies = !is_liar && self.chance(dying);
         let joins = if self.chance(late) { self.draw(5_000_000_000) } else { self.draw(100_000_000) };
         let joins = if self.scenario.demand.is_some() { self.draw(1_000_000) } else { joins };
+        let joins = match self.scenario.reads {
+            Some(reading) => self.draw(reading.spread.as_nanos() as u64),
+            None => joins,
+        };
         let config = Config { leech: is_leech, ..self.scenario.config.clone() };
         let seed = self.draw(u64::MAX);
         let (machine, count) = (at + NODES, self.geometry.chunk_count());
@@ -369,6 +408,7 @@ impl Simulation {
             wanted_at: 0,
             demanded: 0,
             got_right: ChunkSet::new(count),
+            reader: Reader::default(),
         });
         self.at(joins, Event::Join(machine as u32));
         if dies {
@@ -410,6 +450,7 @@ impl Simulation {
         let quantile = |of_100: usize| self.latencies.get(self.latencies.len() * of_100 / 100).copied().unwrap_or(0);
         report.p50 = Duration::from_nanos(quantile(50));
         report.p99 = Duration::from_nanos(quantile(99));
+        report.longest = Duration::from_nanos(self.latencies.last().copied().unwrap_or(0));
         self.report
     }
 
@@ -440,6 +481,12 @@ impl Simulation {
                     self.core(node as usize).handle_timeout(now);
                     self.drive(node as usize);
                 }
+            }
+            Event::Used(node) => {
+                let reader = &mut self.nodes[node as usize - NODES].reader;
+                (reader.at, reader.since, reader.uses) = (reader.at + 1, self.now, false);
+                self.read(node as usize);
+                self.drive(node as usize);
             }
             Event::Tracker => {
                 if self.machines[SEEDER].alive {
@@ -475,8 +522,10 @@ impl Simulation {
             self.nodes[at - NODES].demanded = run.end;
         }
         self.nodes[at - NODES].wanted_at = self.now;
+        self.nodes[at - NODES].reader.since = self.now;
         self.nodes[at - NODES].joined = true;
         self.track(Tracked::Join(at));
+        self.read(at);
         self.drive(at);
     }
 
@@ -558,9 +607,51 @@ impl Simulation {
         }
     }
 
+    /// Lets a container go on where what it needs is here.
+    fn read(&mut self, at: usize) {
+        let Some(reading) = self.scenario.reads.filter(|_| self.nodes[at - NODES].joined) else { return };
+        let (now, count) = (self.time(), self.geometry.chunk_count());
+        let window_max = (AHEAD / self.geometry.chunk_size()) as u32;
+        let node = &mut self.nodes[at - NODES];
+        let has = |node: &Node, chunk| node.core.have(LAYER).is_some_and(|have| have.contains(chunk));
+        // What it needs, and the next.
+        while node.reader.asked < (node.reader.at + 2).min(count) {
+            let chunk = node.reader.asked;
+            node.reader.asked += 1;
+            let window = (node.reader.asked / 2).min(window_max);
+            let from = node.reader.ahead.max(node.reader.asked);
+            let mut ahead = Vec::new();
+            let mut stretch = None;
+            if window >= 1 && from < node.reader.asked + window / 2 {
+                node.reader.ahead = node.reader.asked + window;
+                ahead.push(from..node.reader.ahead);
+                stretch = Some(node.reader.ahead..node.reader.ahead + window * STRETCH);
+            }
+            if !has(node, chunk) {
+                ahead.push(chunk + 1..chunk + 1 + BEYOND);
+                let deadline = now + Duration::from_secs(30);
+                node.core.want(now, LAYER, chunk..chunk + 1, Priority::Demand, deadline);
+            }
+            for chunk in ahead.into_iter().flatten().filter(|chunk| *chunk < count) {
+                if !has(node, chunk) {
+                    node.core.want(now, LAYER, chunk..chunk + 1, Priority::Readahead, Duration::MAX);
+                }
+            }
+            if let Some(stretch) = stretch {
+                node.core.read_on(now, LAYER, stretch);
+            }
+        }
+        if !node.reader.uses && has(node, node.reader.at) {
+            node.reader.uses = true;
+            self.latencies.push(self.now - node.reader.since);
+            let used_at = self.now + self.draw(reading.pause.as_nanos() as u64);
+            self.at(used_at, Event::Used(at as u32));
+        }
+    }
+
     /// Keeps background wants open, as a node that fills its layers does.
     fn open_wants(&mut self, at: usize) {
-        if self.scenario.demand.is_some() {
+        if self.scenario.demand.is_some() || self.scenario.reads.is_some() {
             return;
         }
         let (now, chunk) = (self.time(), self.geometry.chunk_size());
@@ -799,6 +890,7 @@ impl Simulation {
             self.core(at).on_end(now, request.fetch, Outcome::Done);
         }
         self.finish(at);
+        self.read(at);
         self.drive(at);
     }
 
@@ -838,7 +930,7 @@ impl Simulation {
             if other != request.client && !self.nodes[request.client - NODES].refused.contains(&other) {
                 let zone = Zone(self.machines[other].zone as u32);
                 let core = self.core(request.client);
-                core.add_peer(now, LAYER, SourceId(peer.0), zone);
+                core.add_peer(now, LAYER, SourceId(peer.0), peer, zone);
                 core.on_haves(now, LAYER, SourceId(peer.0), std::slice::from_ref(&request.run), &[]);
             }
         }
@@ -903,7 +995,7 @@ impl Simulation {
             Tracked::Assign(to, run, from) if self.machines[to].alive => {
                 if from != SEEDER {
                     let zone = Zone(self.machines[from].zone as u32);
-                    self.core(to).add_peer(now, LAYER, SourceId(from as u64), zone);
+                    self.core(to).add_peer(now, LAYER, SourceId(from as u64), PeerId(from as u64), zone);
                     self.core(to).on_haves(now, LAYER, SourceId(from as u64), std::slice::from_ref(&run), &[]);
                 }
                 self.core(to).assign(now, LAYER, run, SourceId(from as u64));
@@ -939,7 +1031,7 @@ impl Simulation {
             return;
         }
         let (now, all) = (self.time(), 0..self.geometry.chunk_count());
-        self.core(to).add_peer(now, LAYER, SourceId(of as u64), zone);
+        self.core(to).add_peer(now, LAYER, SourceId(of as u64), PeerId(of as u64), zone);
         let node = &mut self.nodes[to - NODES];
         if !node.neighbours.contains(&of) {
             node.neighbours.push(of);
