@@ -74,6 +74,9 @@ pub struct Config {
     pub peer_hedge_after_max: Duration,
     /// A neighbour that gives nothing of a background run for so long loses it, and rests.
     pub peer_stall: Duration,
+    /// A neighbour that gives nothing at all for so long does not count as one that will bring what a reader waits for: another one is
+    /// asked, whatever was spent on that.
+    pub silent_after: Duration,
     /// A neighbour or seeder that gives nothing at all for so long while a reader waits for it loses all that it was asked for,
     /// whatever signs of life it gives.
     pub mute_after: Duration,
@@ -138,6 +141,7 @@ impl Default for Config {
             peer_hedge_after_min: Duration::from_millis(20),
             peer_hedge_after_max: Duration::from_millis(60),
             peer_stall: Duration::from_secs(1),
+            silent_after: Duration::from_millis(100),
             mute_after: Duration::from_millis(750),
             seeder_ask_after: Duration::from_millis(100),
             seeder_hedge_after: Duration::from_millis(250),

@@ -506,7 +506,7 @@ impl Swarm {
                     self.coming(book, chunk).is_none() && mesh.delegates.is_mine(number, ranks, false)
                 }),
             };
-            is_allowed.then_some((source.kind, offer.far.is_some(), source.in_flight_bytes(), *id))
+            is_allowed.then_some((source.kind, offer.far.is_some(), source.expected_wait(self.now), *id))
         });
         match usable.min() {
             Some((.., source)) => Choice::Fetch { source, run: chunk..chunk + 1 },

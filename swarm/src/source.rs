@@ -176,6 +176,12 @@ impl Source {
         self.answer = (if mean.is_zero() { time } else { (mean * 3 + time) / 4 }, now);
     }
 
+    /// A request waits for its first chunk, or the next one, for `time` by now: longer than it should.
+    pub(crate) fn late(&mut self, now: Duration, time: Duration) {
+        let (mean, _) = self.answer;
+        self.answer = (mean.max(time), now);
+    }
+
     /// How long one more request would probably wait here: its line, as far as it was learned lately, and what this node
     /// added to it.
     pub(crate) fn expected_wait(&self, now: Duration) -> Duration {

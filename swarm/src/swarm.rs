@@ -715,6 +715,7 @@ impl Swarm {
     /// Asks another source for the demanded chunks that a fetch is late with; where there is none, the same one on another
     /// connection.
     fn hedge(&mut self, id: FetchId) {
+        self.note_late(id);
         let Some(fetch) = self.fetches.get(&id) else { return };
         let (layer, late) = (fetch.layer, fetch.source);
         let seeder = self.sources.get(&late).filter(|source| fetch.in_mesh && source.kind == SourceKind::Seeder);
@@ -751,12 +752,14 @@ impl Swarm {
         }
         let Some(fetch) = self.fetches.get(&id) else { return };
         let Some(book) = self.books.get(&layer) else { return };
-        // Two at a time, and a third one only where the first is given up.
+        // Two at a time, and a third one only where the others are given up or silent.
         let is_alone = |chunk: u32| {
+            let mut others =
+                book.fetches_over(chunk).filter(|other| *other != id).filter_map(|id| self.fetches.get(&id));
             book.want(chunk).is_some_and(|want| want.wants(Priority::Demand))
-                && book.fetches_over(chunk).filter_map(|id| self.fetches.get(&id)).filter(|f| f.carries(chunk)).count()
-                    == 1
+                && !others.any(|other| other.carries(chunk) && !self.is_silent(other))
         };
+        let is_silent = self.is_silent(fetch);
         let first = fetch.cover.clone().find(|chunk| fetch.carries(*chunk) && is_alone(*chunk));
         if let Some(first) = first
             && self.hedges < self.config.hedges_max
@@ -768,11 +771,21 @@ impl Swarm {
             let run = first..first + end as u32;
             let bytes = book.bytes(&book.cover(source, &run));
             let [percent, floor] = [self.config.hedge_percent, self.config.hedge_floor_bytes];
-            if book.mesh.is_none() || self.hedging.spend(bytes, percent, floor) {
+            if self.hedging.spend(bytes, percent, floor) || is_silent || book.mesh.is_none() {
                 self.start(layer, source, run, Priority::Demand, true);
             }
         }
         self.wait_on(id, next);
+    }
+
+    /// Whoever is late with demand is asked less.
+    fn note_late(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get(&id).filter(|fetch| fetch.priority == Priority::Demand) else { return };
+        if is_neighbour(&self.books, fetch.layer, fetch.source)
+            && let Some(source) = self.sources.get_mut(&fetch.source)
+        {
+            source.late(self.now, self.now.saturating_sub(fetch.last_progress));
+        }
     }
 
     /// Waits longer for a fetch that is late. `gone_at`: its seeder gives no sign of life, and is gone then unless it gives one.
@@ -803,11 +816,22 @@ impl Swarm {
         }
     }
 
+    /// Whether a neighbour gives nothing at all for the time being.
+    fn is_silent(&self, fetch: &Fetch) -> bool {
+        is_neighbour(&self.books, fetch.layer, fetch.source)
+            && self.quiet_since(fetch) + self.config.silent_after <= self.now
+    }
+
+    /// When a fetch's source gave something last, or the fetch began.
+    fn quiet_since(&self, fetch: &Fetch) -> Duration {
+        let source = self.sources.get(&fetch.source).and_then(|source| source.last_progress);
+        source.unwrap_or_default().max(fetch.last_progress)
+    }
+
     /// Whether a machine of the mesh has given nothing at all for so long that all that it was asked for is better asked elsewhere,
     /// whatever that costs. Bytes that make up no chunk count for nothing.
     fn is_mute(&self, fetch: &Fetch) -> bool {
-        let Some(source) = self.sources.get(&fetch.source).filter(|_| fetch.in_mesh) else { return false };
-        source.last_progress.unwrap_or_default().max(fetch.last_progress) + self.config.mute_after <= self.now
+        fetch.in_mesh && self.quiet_since(fetch) + self.config.mute_after <= self.now
     }
 
     /// Asks elsewhere for all that a machine of the mesh was asked for.
