@@ -501,8 +501,8 @@ impl Swarm {
             let is_allowed = match source.kind {
                 SourceKind::Local | SourceKind::Peer | SourceKind::Seeder => true,
                 SourceKind::Registry => self.seeder_gone_at(book, mesh, Priority::Demand).is_some_and(|gone| {
-                    let ranks = self.demand_ranks(gone);
                     let number = self.block(book, *id, chunk).number;
+                    let ranks = self.demand_ranks(mesh, number, gone);
                     self.coming(book, chunk).is_none() && mesh.delegates.is_mine(number, ranks, false)
                 }),
             };
@@ -672,7 +672,7 @@ impl Swarm {
             let end = block.chunks.end;
             let since = book.want(chunk).map_or(Duration::ZERO, |want| want.since);
             let ranks = match priority {
-                Priority::Demand => self.demand_ranks(gone.max(since)),
+                Priority::Demand => self.demand_ranks(mesh, block.number, gone.max(since)),
                 Priority::Readahead | Priority::Background => self.ranks(mesh, gone),
             };
             let avoided = picker::from(source, book, id, chunk, priority) > self.now;
@@ -699,11 +699,16 @@ impl Swarm {
         self.patiences(since.max(mesh.last_got), self.config.delegate_patience).saturating_add(1)
     }
 
-    /// The same where a reader waits: all delegates soon, since a neighbour that asks is heard of at once; everybody only later.
-    fn demand_ranks(&self, since: Duration) -> usize {
-        let patience = self.config.delegate_patience;
-        let ranks = self.patiences(since, patience / 16).saturating_add(1).min(DELEGATES);
-        if since + patience * 2 <= self.now { usize::MAX } else { ranks }
+    /// The same where a reader waits: all delegates soon, since a neighbour that asks is heard of at once, and then everybody, since no
+    /// delegate may want it; one after the other, by lot, so that most of them hear of another one that asks.
+    fn demand_ranks(&self, mesh: &Mesh, block: u32, since: Duration) -> usize {
+        let patience = self.config.delegate_patience / 2;
+        let lot = mix(mesh.draw ^ u64::from(block)) % 256;
+        let turn = patience + patience * lot as u32 / 512;
+        if since + turn <= self.now {
+            return usize::MAX;
+        }
+        self.patiences(since, patience / DELEGATES as u32).saturating_add(1).min(DELEGATES)
     }
 
     fn patiences(&self, since: Duration, patience: Duration) -> usize {

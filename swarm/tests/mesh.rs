@@ -10,8 +10,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use simulator::{LAYER, Reading, Report, Scenario, simulate};
 use swarm::{
-    Action, Config, FetchId, Message, Outcome, PeerId, Priority, SourceId, SourceKind, Swarm, UploadConfig, Verdict,
-    Zone,
+    Action, Config, Delegate, FetchId, Message, Outcome, PeerId, Priority, SourceId, SourceKind, Swarm, UploadConfig,
+    Verdict, Zone,
 };
 
 const SEEDER: SourceId = SourceId(1);
@@ -398,6 +398,27 @@ fn what_a_neighbour_fetches_from_the_registry_is_waited_for() {
     swarm.on_coming(ms(1_400), LAYER, other, std::slice::from_ref(&(0..CHUNKS)));
     assert_eq!(asked_of_the_registry(&mut swarm, ms(2_800)), []);
     assert_eq!(asked_of_the_registry(&mut swarm, ms(3_100)), std::slice::from_ref(&(3..4)));
+}
+
+/// None of the delegates wants the chunk: each node fetches it for itself, but not all at once.
+#[test]
+fn what_no_delegate_wants_is_fetched_by_who_waits_for_it() {
+    let mut asked = Vec::new();
+    for me in 1000..1020 {
+        let mut swarm = core_of(me, Config::default());
+        swarm.remove_source(LAYER, SEEDER);
+        neighbour(&mut swarm, 11, 1, 0..0);
+        for first in (0..320).step_by(16) {
+            let delegates: Vec<_> =
+                (first..first + 16).map(|peer| Delegate { peer: PeerId(peer), zone: Zone(1), beat: 1 }).collect();
+            swarm.on_haves(ms(990), LAYER, SourceId(11), &[], &delegates);
+        }
+        swarm.want(ms(1_000), LAYER, 3..4, Priority::Demand, ms(20_000));
+        let asks = |now: &u64| !asked_of_the_registry(&mut swarm, ms(*now)).is_empty();
+        asked.push((1_000..4_000).step_by(10).find(asks).unwrap_or(u64::MAX));
+    }
+    asked.sort_unstable();
+    assert!(asked[2] >= 1_500 && asked[19] <= 1_800 && asked[19] - asked[2] >= 100, "{asked:?}");
 }
 
 #[test]
