@@ -106,6 +106,12 @@ pub fn crictl(progress: &dyn Fn(&str)) -> Result<PathBuf> {
     Ok(build_go("crictl", progress)?.join("crictl"))
 }
 
+/// Folder with a runc that shifts the ids of a pod's own files, which the distribution's may not, built now if it is not here. It
+/// knows no seccomp.
+pub fn runc(progress: &dyn Fn(&str)) -> Result<PathBuf> {
+    build_go("runc", progress)
+}
+
 /// Folder with the distribution's CNI plugins, downloaded now if they are not here.
 pub fn cni_plugins(progress: &dyn Fn(&str)) -> Result<PathBuf> {
     let package = "containernetworking-plugins";

@@ -29,8 +29,8 @@ for name in "$@"; do
         mkdir -p "$out.new"
         (
             cd "$module"
-            # SOCI inflates with zlib (package zlib1g-dev); everything else is plain Go.
-            if [ "$name" = soci ]; then export CGO_ENABLED=1; else export CGO_ENABLED=0; fi
+            # SOCI inflates with zlib (package zlib1g-dev), runc enters namespaces in C; everything else is plain Go.
+            case $name in soci | runc) export CGO_ENABLED=1 ;; *) export CGO_ENABLED=0 ;; esac
             export GOFLAGS="-mod=readonly -buildvcs=false -trimpath"
             if compgen -G '*_test.go' >/dev/null; then
                 go test -c -o "$out.new/$name.test" .

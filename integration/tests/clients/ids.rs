@@ -10,9 +10,6 @@ use lab::tools::Release;
 use crate::matrix::{NO_FILL, Stage};
 use crate::shared::clear;
 
-/// What containerd says of a runc that shifts no mounts.
-const NO_IDMAP: &str = "idmap mounts not supported";
-
 /// Ids of the container, of the machine, and how many.
 const MAP: &str = "0:100000:65536";
 
@@ -24,7 +21,7 @@ const LOOK: &str = "cat /proc/self/uid_map; cd /; find bin root srv -exec stat -
      find srv -type f | sort | xargs cat | sha256sum; echo new > srv/new; stat -c '%u:%g' srv/new srv/inherits";
 
 /// containerd shifts the ids of directories, and from this release on also of what is mounted in them.
-const SHIFTS_MOUNTS: Release = Release::V2_3;
+pub(crate) const SHIFTS_MOUNTS: Release = Release::V2_3;
 
 /// All of it, one after the other.
 pub(crate) fn all(stage: &mut Stage) -> Result<()> {
@@ -48,6 +45,9 @@ fn copied(stage: &Stage) -> Result<()> {
 
 fn shifted(stage: &mut Stage) -> Result<()> {
     let setup = NodeSetup { extra: NO_FILL, cri: Some(&stage.cri), remaps_ids: true, ..NodeSetup::default() };
+    if let Some(runc) = stage.shifting_runc.clone() {
+        stage.scene.tools.runc = runc;
+    }
     let node = stage.scene.drover_node_as(&setup)?;
     let client = Client::new(Way::Drover, &stage.scene, &node)?;
     client.pull(&stage.other)?;
@@ -64,18 +64,10 @@ fn shifted(stage: &mut Stage) -> Result<()> {
     let pods = Client::new(Way::Cri, &stage.scene, &node)?;
     pods.pull(&stage.other)?;
     let pod = Pod { own_network: true, ids: Some(HOST), ..Pod::default() };
-    match pods.start_in(&stage.other, "shifted-pod", pod) {
-        Ok(container) => {
-            let own = seen(&pods.exec(&container, &["sh", "-c", LOOK])?, true)?;
-            ensure!(plain == own, "the pod's container sees {own}, others see {plain}");
-            pods.remove(container)?;
-        }
-        // A pod's own files, like its /etc/hosts, are shifted by runc, from 1.2 on.
-        Err(error) if format!("{error:#}").contains(NO_IDMAP) => {
-            println!("skipped: a pod with ids of its own: {NO_IDMAP}")
-        }
-        Err(error) => return Err(error).context("a pod with ids of its own"),
-    }
+    let container = pods.start_in(&stage.other, "shifted-pod", pod).context("a pod with ids of its own")?;
+    let own = seen(&pods.exec(&container, &["sh", "-c", LOOK])?, true)?;
+    ensure!(plain == own, "the pod's container sees {own}, others see {plain}");
+    pods.remove(container)?;
 
     let status = node.snapshotter()?.status()?;
     ensure!(ordinary_layers(&status).is_empty(), "not lazy:\n{}", node.snapshotter()?.status_text()?);

@@ -42,6 +42,8 @@ pub(crate) struct Stage {
     pub(crate) cri: Cri,
     /// What the empty store of the node takes on the disk.
     pub(crate) empty: u64,
+    /// Folder with a runc that shifts the ids of pods, where this containerd can use it.
+    pub(crate) shifting_runc: Option<PathBuf>,
 }
 
 /// All pairs of `release`, then what concerns several images or namespaces.
@@ -73,6 +75,8 @@ impl Stage {
             return Ok(None);
         };
         let cni_plugins = Some(tools::cni_plugins(&|what| println!("{what}"))?);
+        let shifts = release >= ids::SHIFTS_MOUNTS;
+        let shifting_runc = shifts.then(|| tools::runc(&|what| println!("{what}"))).transpose()?;
         let images = run.folder().join("images");
         let image = small::build_amount(&images.join("small"), &tools.busybox, Amount::LITTLE)?;
         let variant = small::build_variant(&images.join("variant"), &tools.busybox, Amount::LITTLE, "two\n")?;
@@ -97,7 +101,19 @@ impl Stage {
         let node = scene.drover_node_as(&setup)?;
         let empty = node.snapshotter()?.disk_use()?;
         let expected = (expected, began);
-        Ok(Some(Self { scene, node, reference, image, other, variant, expected, _plain: plain, cri, empty }))
+        Ok(Some(Self {
+            scene,
+            node,
+            reference,
+            image,
+            other,
+            variant,
+            expected,
+            _plain: plain,
+            cri,
+            empty,
+            shifting_runc,
+        }))
     }
 
     /// Whether what containerd has of the image beside `before` bytes is next to nothing, or all.
