@@ -32,8 +32,12 @@ struct Arguments {
 /// How long a complete device may take to be compared with its diffID.
 const PROVE_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Random reads of one measurement.
+/// Random reads of one pass.
 const RANDOM_READS: u64 = 2000;
+
+/// Passes of a warm measurement of one file, which by itself takes so little that its time says more about the machine's other
+/// work.
+const WARM_PASSES: usize = 50;
 
 /// What is compiled.
 const SOURCE: &str = "#include <algorithm>\n#include <iostream>\n#include <map>\n#include <string>\n#include <vector>\n\
@@ -73,6 +77,14 @@ impl Work {
         }
     }
 
+    /// How often it is done in one measurement.
+    fn passes(self, cold: bool) -> usize {
+        match self {
+            Self::Sequential | Self::Random(_) if !cold => WARM_PASSES,
+            _ => 1,
+        }
+    }
+
     fn run(self, tree: &Tree) -> Result<()> {
         match self {
             Self::Find => tree.chroot(&["find", "/", "-xdev", "-ls"]),
@@ -91,9 +103,10 @@ impl Work {
             }
             Self::Random(length) => {
                 let mut buffer = vec![0; length];
-                let size = tree.large.metadata()?.len() - length as u64;
-                (0..RANDOM_READS)
-                    .try_for_each(|at| tree.large.read_exact_at(&mut buffer, pattern::word(1, at) % size))?;
+                let pieces = tree.large.metadata()?.len() / length as u64;
+                for at in 0..RANDOM_READS {
+                    tree.large.read_exact_at(&mut buffer, pattern::word(1, at) % pieces * length as u64)?;
+                }
                 Ok(())
             }
         }
@@ -178,13 +191,14 @@ fn measure(arguments: &Arguments, run_of: &Run) -> Result<()> {
                         work.run(&trees[at])?;
                     }
                     let start = Instant::now();
-                    work.run(&trees[at]).with_context(|| work.label())?;
-                    times[at].push(start.elapsed().as_secs_f64());
+                    let passes = work.passes(cold);
+                    (0..passes).try_for_each(|_| work.run(&trees[at])).with_context(|| work.label())?;
+                    times[at].push(start.elapsed().as_secs_f64() / passes as f64);
                 }
             }
             let (base, ours) = (median(times[0].iter().copied()), median(times[1].iter().copied()));
             let (least, most) = spread(times[1].iter().zip(&times[0]).map(|(ours, base)| ours / base));
-            write!(text, "| {base:.3} s | {ours:.3} s | {:.2} | {least:.2} to {most:.2} ", ours / base)?;
+            write!(text, "| {base:.4} s | {ours:.4} s | {:.2} | {least:.2} to {most:.2} ", ours / base)?;
             say(&format!("{}, {}: {:.2}", work.label(), if cold { "cold" } else { "warm" }, ours / base));
         }
         writeln!(text, "|")?;
