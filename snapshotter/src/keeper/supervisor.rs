@@ -43,11 +43,14 @@ use crate::{
 /// What the daemon says when it serves.
 pub(super) const READY: &str = "ready";
 
-/// Pauses before the daemon is started again: none the first time, then from the shortest to the longest.
+/// Pauses before the daemon is started again, where many in a row failed: each twice the last, from the shortest to the longest.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// A daemon that served this long did not fail at its start: the next one is started without a pause.
+/// A daemon that served this long did not fail at its start.
 const SERVED_LONG: Duration = Duration::from_millis(250);
+/// After so many in a row that failed the next one is still started at once: what kills one daemon may kill a few, and all wait
+/// for the next.
+const AT_ONCE: u32 = 4;
 /// How long `serve` waits for the keeper of a living daemon, which may be just being started.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -80,9 +83,10 @@ struct Keeper<'a> {
     /// Without link and daemon, which are in `daemon`.
     estate: Estate,
     daemon: Option<Daemon>,
-    /// Since when there is no daemon and when there shall be one.
+    /// When there shall be a daemon, if there is none.
     start_at: Instant,
-    pause: Duration,
+    /// How many failed in a row.
+    failures: u32,
     signals: SignalFd,
     control: ControlSocket,
 }
@@ -133,8 +137,7 @@ impl<'a> Keeper<'a> {
         }
         manager::tell(&[NotifyState::MainPid(std::process::id())]);
         manager::store(&estate.fuse, &estate.listener);
-        let mut keeper =
-            Keeper { options, estate, daemon, start_at: Instant::now(), pause: Duration::ZERO, signals, control };
+        let mut keeper = Keeper { options, estate, daemon, start_at: Instant::now(), failures: 0, signals, control };
         if std::mem::take(&mut keeper.estate.reload) {
             keeper.dismiss();
         }
@@ -181,14 +184,14 @@ impl<'a> Keeper<'a> {
             && let Err(error) = self.mount_again()
         {
             tracing::error!(error = &error as &dyn std::error::Error, "cannot mount");
-            return self.pause_before_start();
+            return self.start_after_failure();
         }
         self.estate.generation += 1;
         match self.try_start() {
             Ok(daemon) => self.daemon = Some(daemon),
             Err(error) => {
                 tracing::error!(%error, "cannot start the daemon");
-                self.pause_before_start();
+                self.start_after_failure();
             }
         }
     }
@@ -215,9 +218,13 @@ impl<'a> Keeper<'a> {
         Ok(())
     }
 
-    fn pause_before_start(&mut self) {
-        self.start_at = Instant::now() + self.pause;
-        self.pause = (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+    fn start_after_failure(&mut self) {
+        let pause = match self.failures.checked_sub(AT_ONCE) {
+            None => Duration::ZERO,
+            Some(more) => (PAUSE_MIN * (1 << more.min(5))).min(PAUSE_MAX),
+        };
+        self.failures += 1;
+        self.start_at = Instant::now() + pause;
     }
 
     fn wait(&self) -> Result<Events, KeeperError> {
@@ -285,9 +292,10 @@ impl<'a> Keeper<'a> {
             tracing::error!(daemon = daemon.process.pid, ?exit_code, ?signal, "the daemon died: starting another one");
         }
         if daemon.dismissed || daemon.ready_since.is_some_and(|since| since.elapsed() >= SERVED_LONG) {
-            self.pause = Duration::ZERO;
+            (self.start_at, self.failures) = (Instant::now(), 0);
+        } else {
+            self.start_after_failure();
         }
-        self.pause_before_start();
         Ok(())
     }
 
