@@ -17,8 +17,7 @@ use crate::swarm::{LayerKey, Priority};
 /// How a tracker behaves.
 #[derive(Clone, Debug)]
 pub struct TrackerConfig {
-    /// Neighbours that a node is introduced to when it joins; with those who join later it comes to about twice as many. Where there
-    /// are not more than that all are introduced.
+    /// Neighbours that a node is introduced to when it joins; with those who join later it comes to about twice as many.
     pub introductions: usize,
     /// Most neighbours of a node.
     pub neighbours_max: usize,
@@ -496,10 +495,7 @@ impl Tracker {
         if is_complete && members.complete == members.peers.len() {
             return;
         }
-        // In a small mesh all know each other, so that they agree on who fetches what.
-        let others = members.peers.len() - 1;
-        let is_small = others <= 2 * self.config.introductions;
-        let wanted = if is_small { others } else { self.config.introductions }.saturating_sub(has);
+        let wanted = self.config.introductions.saturating_sub(has);
         let mates_wanted = wanted * self.config.mates_of_four / 4;
         let mut drawn: BTreeSet<(bool, usize, u64, PeerId)> = BTreeSet::new();
         for from_zone in [true, false] {
