@@ -11,7 +11,7 @@ use layer::Digest;
 use proto::drover::mesh::v1 as api;
 use proto::drover::mesh::v1::{from_seeder, to_neighbour, to_seeder};
 use swarm::{Delegate, LayerKey, Message, PeerId, SourceId, Swarm, Zone};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::lines::{Lines, NeighbourLine};
 use super::member::Member;
@@ -43,8 +43,9 @@ pub(crate) enum Event {
     NeighbourDown { address: SocketAddr },
     /// It was tried for long enough.
     NeighbourGone { address: SocketAddr },
-    /// A machine made a line to this node. `is_own`: the line comes from the host that it names as its own.
-    CallerUp { address: SocketAddr, zone: Zone, call: u64, is_own: bool },
+    /// A machine made a line to this node. `is_own`: the line comes from the host that it names as its own. `taken` is told whether
+    /// this node will hear what it tells.
+    CallerUp { address: SocketAddr, zone: Zone, call: u64, is_own: bool, taken: oneshot::Sender<bool> },
     /// What it has.
     Haves { address: SocketAddr, haves: api::LayerHaves },
     /// Its line ended.
@@ -221,11 +222,12 @@ impl Membership {
                     self.part(swarm, address);
                 }
             }
-            Event::CallerUp { address, zone, call, is_own } => {
+            Event::CallerUp { address, zone, call, is_own, taken } => {
                 let is_known = self.neighbours.contains_key(&address);
                 if (is_known || is_own)
                     && self.acquaint(inbox, address, zone).is_some()
                     && let Some(neighbour) = self.neighbours.get_mut(&address)
+                    && taken.send(true).is_ok()
                 {
                     neighbour.call = Some(call);
                     neighbour.offer(now, swarm);

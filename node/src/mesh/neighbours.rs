@@ -11,7 +11,7 @@ use proto::drover::mesh::v1 as api;
 use proto::drover::mesh::v1::neighbour_server::{Neighbour, NeighbourServer};
 use proto::drover::mesh::v1::to_neighbour;
 use swarm::Zone;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -83,8 +83,15 @@ impl Neighbour for Calls {
         };
         line.check()?;
         let is_own = remote == Some(address.ip().to_canonical());
-        let up = Event::CallerUp { address, zone: Zone::named(&hello.zone), call: line.call, is_own };
+        let (taken, is_taken) = oneshot::channel();
+        let up = Event::CallerUp { address, zone: Zone::named(&hello.zone), call: line.call, is_own, taken };
         self.events.send(up).await.map_err(|_| Status::unavailable("this node stops"))?;
+        // A seeder tells both of each other, one a little later. Who calls again then tells all that it has.
+        if !is_taken.await.unwrap_or(false) {
+            return Err(Status::failed_precondition(
+                "no seeder has told of you yet, and this is not the address that you come from: call again later",
+            ));
+        }
         let (end, ended) = mpsc::channel(1);
         tokio::spawn(async move {
             let result = line.hear(incoming).await;

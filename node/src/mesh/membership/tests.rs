@@ -114,6 +114,13 @@ impl Scene {
         told
     }
 
+    /// A machine calls; gives whether it is heard.
+    fn called(&mut self, address: SocketAddr, call: u64, is_own: bool) -> bool {
+        let (taken, mut is_taken) = oneshot::channel();
+        self.event(Event::CallerUp { address, zone: Zone::named(""), call, is_own, taken });
+        is_taken.try_recv().unwrap_or(false)
+    }
+
     fn neighbours(&self) -> Vec<SocketAddr> {
         self.membership.neighbours.keys().copied().collect()
     }
@@ -249,8 +256,7 @@ async fn who_is_expelled_stays_away() {
     assert_eq!(scene.neighbours(), [OTHER.parse().unwrap()], "nobody is its own neighbour");
     scene.seeder_says("a", from_seeder::Message::Expel(OTHER.to_owned()));
     scene.introduce(OTHER);
-    let address = OTHER.parse().unwrap();
-    scene.event(Event::CallerUp { address, zone: Zone::named(""), call: 1, is_own: true });
+    assert!(!scene.called(OTHER.parse().unwrap(), 1, true));
     assert!(scene.neighbours().is_empty());
 }
 
@@ -258,11 +264,11 @@ async fn who_is_expelled_stays_away() {
 async fn only_who_calls_from_its_own_host_becomes_a_neighbour_by_calling() {
     let mut scene = Scene::new();
     let _at_a = scene.seeder_up("a");
-    let (address, zone, key) = (OTHER.parse().unwrap(), Zone::named(""), scene.layer.key());
+    let (address, key) = (OTHER.parse().unwrap(), scene.layer.key());
     let haves = api::Haves { blob: scene.blob().as_bytes().to_vec(), runs: vec![0, 2], fills: None };
     let haves = api::LayerHaves { haves: Some(haves), delegates: Vec::new(), ..api::LayerHaves::default() };
     for (is_own, want) in [(false, 0), (true, 1)] {
-        scene.event(Event::CallerUp { address, zone, call: 7, is_own });
+        assert_eq!(scene.called(address, 7, is_own), is_own, "who is not heard calls again");
         scene.event(Event::Haves { address, haves: haves.clone() });
         assert_eq!(scene.neighbours().len(), want, "is_own: {is_own}");
     }
@@ -275,4 +281,15 @@ async fn only_who_calls_from_its_own_host_becomes_a_neighbour_by_calling() {
     scene.event(Event::CallerDown { address, call: 7 });
     scene.event(Event::NeighbourGone { address });
     assert!(scene.neighbours().is_empty());
+}
+
+#[tokio::test]
+async fn who_calls_from_another_host_is_heard_once_it_is_introduced() {
+    let mut scene = Scene::new();
+    let _at_a = scene.seeder_up("a");
+    let address = OTHER.parse().unwrap();
+    assert!(!scene.called(address, 1, false));
+    scene.introduce(OTHER);
+    assert!(scene.called(address, 2, false));
+    assert_eq!(scene.membership.neighbours[&address].call, Some(2));
 }

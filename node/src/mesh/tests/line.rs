@@ -76,7 +76,7 @@ impl Drop for Line {
 impl Line {
     /// A line that works, to what listens at `target` by the time that it is needed.
     pub(super) async fn to(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind((own_ip(), 0)).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (fault, faults) = watch::channel(Fault::None);
         let server = tokio::spawn(accept(Some(listener), address, target, faults));
@@ -108,7 +108,11 @@ async fn accept(
                     return;
                 }
             }
-            None => listener = Some(TcpListener::bind(address).await.unwrap()),
+            // Somebody else may have the port for a moment.
+            None => match TcpListener::bind(address).await {
+                Ok(bound) => listener = Some(bound),
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            },
             Some(bound) => tokio::select! {
                 accepted = bound.accept() => {
                     if let Ok((stream, _)) = accepted {
