@@ -310,8 +310,8 @@ impl Driver {
         for run in layer.take_ahead() {
             self.swarm.want(now, key, run, Priority::Readahead, Duration::MAX);
         }
-        for stretch in layer.take_stretches() {
-            self.swarm.read_on(now, key, stretch);
+        for (window, stretch) in layer.take_in_order() {
+            self.swarm.read_on(now, key, window, stretch);
         }
         self.fill.look_at(layer);
     }

@@ -34,15 +34,18 @@ const AHEAD_MAX: usize = 256;
 /// How often a layer may log that its disk or its sources fail.
 const LOG_PAUSE: Duration = Duration::from_secs(5);
 
+/// What is read ahead for a reader who goes through the layer in order, and what it will probably read after that.
+pub(crate) type InOrder = (Range<u32>, Range<u32>);
+
 /// One layer of the node: its index, the chunks that are here, and who waits for others.
 #[derive(Debug)]
 pub struct Layer {
     store: LayerStore,
     waits: Waits,
     streams: Streams,
-    /// Runs to fetch ahead of readers, and what such will read then, until the driver takes them.
+    /// Runs to fetch ahead of readers, and which of them are for readers in order, until the driver takes them.
     ahead: Mutex<Vec<Range<u32>>>,
-    stretches: Mutex<Vec<Range<u32>>>,
+    in_order: Mutex<Vec<InOrder>>,
     sources: Mutex<Sources>,
     filling: AtomicBool,
     /// How many wait for the whole layer.
@@ -101,7 +104,7 @@ impl Layer {
             waits,
             streams: Streams::new(options.readahead_bytes_max),
             ahead: Mutex::default(),
-            stretches: Mutex::default(),
+            in_order: Mutex::default(),
             sources: Mutex::default(),
             filling: AtomicBool::new(false),
             awaited: AtomicUsize::new(0),
@@ -414,9 +417,9 @@ impl Layer {
         missing
     }
 
-    /// What readers who go through the layer in order will probably read after what is read ahead for them.
-    pub(crate) fn take_stretches(&self) -> Vec<Range<u32>> {
-        std::mem::take(&mut *self.stretches.lock())
+    /// What readers who go through the layer in order will probably read.
+    pub(crate) fn take_in_order(&self) -> Vec<InOrder> {
+        std::mem::take(&mut *self.in_order.lock())
     }
 
     /// Stores a chunk whose digest was checked and wakes who waits for it. Gives whether it was missing.
@@ -634,11 +637,12 @@ impl Layer {
         if !self.complete.load(Ordering::Acquire)
             && let Some(Ahead { window, stretch }) = self.streams.observe(range)
         {
-            let mut stretches = self.stretches.lock();
-            if stretches.len() < AHEAD_MAX {
-                stretches.push(self.geometry().covering(self.clamp(stretch)));
+            let mut in_order = self.in_order.lock();
+            if in_order.len() < AHEAD_MAX {
+                let chunks = |range: &Range<u64>| self.geometry().covering(self.clamp(range.clone()));
+                in_order.push((chunks(&window), chunks(&stretch)));
             }
-            drop(stretches);
+            drop(in_order);
             self.prefetch(window);
         }
     }

@@ -280,8 +280,8 @@ pub(crate) struct Ahead {
     pub(crate) stretch: Range<u64>,
 }
 
-/// How many windows follow the first. A node in a company of eight so fetches as much ahead as it would alone, and what it fetches for
-/// the others is known to them before they need it: they hear of it after 50 ms, and a window takes 17 ms on a link of 1 Gbit/s.
+/// How many windows follow the first. What a node of a company fetches for the others is so known to them before they need it: they
+/// hear of it after 50 ms, and a window takes 17 ms on a link of 1 Gbit/s.
 const STRETCH: u64 = 7;
 
 impl Streams {
@@ -314,7 +314,7 @@ impl Streams {
             stream.read += range.end - stream.end.max(range.start);
             stream.end = range.end;
         }
-        // Half of what was read in order: at most a third of what comes is in vain, however soon the reader turns away. Starting
+        // Half of what was read in order: at most a third of what comes to a node alone is in vain, however soon the reader turns away. Starting
         // Python with numpy, scipy and pandas so takes 41 MB over the wire; with a window that starts at 256 KiB and doubles with each
         // read up to 2 MiB it took 51, and was not faster.
         let window = (stream.read / 2).min(self.window_max);

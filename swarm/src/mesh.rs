@@ -81,6 +81,8 @@ pub(crate) struct Mesh {
     pub(crate) me: PeerId,
     zone: Zone,
     pub(crate) salt: u64,
+    /// What was read ahead for readers who go through the layer in order.
+    pub(crate) in_order: ChunkSet,
     draw: u64,
     have: ChunkSet,
     untold: ChunkSet,
@@ -145,6 +147,7 @@ impl Swarm {
             me,
             zone,
             salt,
+            in_order: empty.clone(),
             draw: mix(me.0 ^ salt),
             have: empty.clone(),
             untold: empty.clone(),

@@ -178,17 +178,20 @@ impl Source {
 
     /// A request waits for its first chunk, or the next one, for `time` by now: longer than it should.
     pub(crate) fn late(&mut self, now: Duration, time: Duration) {
-        let (mean, _) = self.answer;
-        self.answer = (mean.max(time), now);
+        self.answer = (self.line(now).max(time), now);
     }
 
     /// How long one more request would probably wait here: its line, as far as it was learned lately, and what this node
     /// added to it.
     pub(crate) fn expected_wait(&self, now: Duration) -> Duration {
+        (self.line(now) + ANSWER_MIN) * u32::try_from(self.in_flight_fetches() + 1).unwrap_or(u32::MAX)
+    }
+
+    /// How long requests wait here, as far as it was learned lately.
+    fn line(&self, now: Duration) -> Duration {
         let (mean, at) = self.answer;
         let age = now.saturating_sub(at).as_micros() / ANSWER_HALF_LIFE.as_micros();
-        let line = mean / (1 << age.min(16));
-        (line + ANSWER_MIN) * u32::try_from(self.in_flight_fetches() + 1).unwrap_or(u32::MAX)
+        mean / (1 << age.min(16))
     }
 
     pub(crate) fn in_flight_fetches(&self) -> usize {

@@ -816,10 +816,10 @@ impl Swarm {
         }
     }
 
-    /// Whether a neighbour gives nothing at all for the time being.
+    /// Whether a neighbour gives nothing at all for the time being, although others would have on this link.
     fn is_silent(&self, fetch: &Fetch) -> bool {
-        is_neighbour(&self.books, fetch.layer, fetch.source)
-            && self.quiet_since(fetch) + self.config.silent_after <= self.now
+        let after = self.config.silent_after.max(self.hedging.limit().unwrap_or_default() * 3);
+        is_neighbour(&self.books, fetch.layer, fetch.source) && self.quiet_since(fetch) + after <= self.now
     }
 
     /// When a fetch's source gave something last, or the fetch began.
@@ -922,8 +922,10 @@ impl Swarm {
         if !is_of_chunks {
             return source.busy(self.now, Priority::Demand, until);
         }
-        source.busy(self.now, Priority::Readahead.max(ended.asked_as), until);
-        for chunk in ended.run.clone() {
+        source.busy(self.now, Priority::Readahead, until);
+        // What a reader comes to wait for meanwhile may be asked for: it is given sooner than what is read ahead.
+        let waited_for = if ended.asked_as == Priority::Demand { ended.run.clone() } else { 0..0 };
+        for chunk in waited_for {
             if let Some(want) = book.want_mut(chunk) {
                 let attempts = want.avoid.get(&ended.source).map_or(0, |avoid| avoid.attempts);
                 want.avoid.insert(ended.source, Avoid { until, attempts });

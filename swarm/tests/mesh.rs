@@ -547,7 +547,7 @@ fn what_is_read_ahead_is_shared_by_who_reads_the_same() {
             neighbour(&mut swarm, *other, 1, 0..2);
         }
         swarm.want(ms(0), LAYER, 2..34, Priority::Readahead, Duration::MAX);
-        swarm.read_on(ms(0), LAYER, 34..CHUNKS);
+        swarm.read_on(ms(0), LAYER, 2..34, 34..CHUNKS);
         let mine = fetched(&mut swarm, ms(0));
         assert!(mine.iter().all(|(source, _)| *source == SEEDER));
         assert!((8..40).contains(&mine.len()), "{mine:?}");
@@ -565,6 +565,19 @@ fn what_is_read_ahead_is_shared_by_who_reads_the_same() {
     assert_eq!(parts, (2..CHUNKS).collect::<Vec<_>>());
 }
 
+/// What is fetched around the place of a random read waits for nobody, whoever else reads there.
+#[test]
+fn only_what_is_read_in_order_is_shared() {
+    let mut swarm = core_of(10, Config::default());
+    for other in [11, 12] {
+        neighbour(&mut swarm, other, 1, 0..2);
+    }
+    swarm.read_on(ms(0), LAYER, 100..110, 110..110);
+    swarm.want(ms(0), LAYER, 2..6, Priority::Readahead, Duration::MAX);
+    let chunks: Vec<u32> = fetched(&mut swarm, ms(0)).into_iter().map(|(_, chunk)| chunk).collect();
+    assert_eq!(chunks, (2..6).collect::<Vec<_>>());
+}
+
 /// The node that has it gives it to one of them, and not to all.
 #[test]
 fn who_is_ahead_gives_to_one_of_those_behind() {
@@ -577,6 +590,7 @@ fn who_is_ahead_gives_to_one_of_those_behind() {
         }
         let ahead = neighbour(&mut swarm, 20, 1, 0..CHUNKS);
         swarm.want(ms(0), LAYER, 2..34, Priority::Readahead, Duration::MAX);
+        swarm.read_on(ms(0), LAYER, 2..34, 34..34);
         let mine = fetched(&mut swarm, ms(0));
         assert!(mine.iter().all(|(source, _)| *source == ahead), "{mine:?}");
         fetching.extend(mine.into_iter().map(|(_, chunk)| chunk));

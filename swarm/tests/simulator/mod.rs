@@ -625,7 +625,7 @@ impl Simulation {
             if window >= 1 && from < node.reader.asked + window / 2 {
                 node.reader.ahead = node.reader.asked + window;
                 ahead.push(from..node.reader.ahead);
-                stretch = Some(node.reader.ahead..node.reader.ahead + window * STRETCH);
+                stretch = Some((from..node.reader.ahead, node.reader.ahead..node.reader.ahead + window * STRETCH));
             }
             if !has(node, chunk) {
                 ahead.push(chunk + 1..chunk + 1 + BEYOND);
@@ -637,8 +637,8 @@ impl Simulation {
                     node.core.want(now, LAYER, chunk..chunk + 1, Priority::Readahead, Duration::MAX);
                 }
             }
-            if let Some(stretch) = stretch {
-                node.core.read_on(now, LAYER, stretch);
+            if let Some((window, stretch)) = stretch {
+                node.core.read_on(now, LAYER, window, stretch);
             }
         }
         if !node.reader.uses && has(node, node.reader.at) {
