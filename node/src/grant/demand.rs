@@ -109,6 +109,14 @@ impl Demand {
         self.shared.clocks.lock().insert(seeder.to_owned(), (shown, asked));
     }
 
+    /// The line to `seeder` is lost: its clock may be set anew, and it may be gone for good. The last one that is known is kept.
+    pub(crate) fn forget_time(&self, seeder: &str) {
+        let mut clocks = self.shared.clocks.lock();
+        if clocks.len() > 1 {
+            clocks.remove(seeder);
+        }
+    }
+
     /// What the clocks show that grants are made by; this machine's own where no seeder has said.
     fn times(&self, own: SystemTime) -> Vec<SystemTime> {
         let clocks = self.shared.clocks.lock();

@@ -93,6 +93,7 @@ impl Lines {
                     let gone: Vec<String> = held.keys().filter(|name| gone(name)).cloned().collect();
                     for seeder in gone {
                         held.remove(&seeder);
+                        self.demand.forget_time(&seeder);
                         self.say(Event::SeederDown { seeder }).await;
                     }
                     for (name, channel) in found {
@@ -193,6 +194,7 @@ impl Lines {
                 Err(status) => break Some(status),
             }
         };
+        self.demand.forget_time(seeder);
         self.say(Event::SeederDown { seeder: named() }).await;
         let reason = ended.map_or_else(|| "it ended".to_owned(), |status| status.message().to_owned());
         tracing::info!(seeder, reason, "the line to the mesh of this seeder is lost");
