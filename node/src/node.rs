@@ -488,13 +488,11 @@ async fn mend(layers: Layers, inbox: Arc<Inbox>) {
         if inbox.is_stopped() {
             return;
         }
-        let failing: Vec<_> =
-            layers.lock().values().filter(|layer| layer.store().failing().is_some()).cloned().collect();
-        if !failing.is_empty() {
-            let mended = tokio::task::spawn_blocking(move || failing.iter().for_each(|layer| layer.mend()));
-            // A panic there was reported by its thread.
-            let _ = mended.await;
-        }
+        // One whose disk hangs is looked at with no lock that others need.
+        let all: Vec<_> = layers.lock().values().cloned().collect();
+        let mended = tokio::task::spawn_blocking(move || all.iter().for_each(|layer| layer.mend()));
+        // A panic there was reported by its thread.
+        let _ = mended.await;
     }
 }
 

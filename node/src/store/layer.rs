@@ -283,7 +283,7 @@ impl LayerStore {
         let is_clean = state.clean;
         let wire = WireStore::open(site.clone(), directory, geometry.chunk_log2());
         let pins = read_pins(backend, directory, &site.boot_id);
-        let failures = Failures::open(backend, directory);
+        let failures = Failures::open(backend, directory, geometry.chunk_count());
         let mut store = Self::assemble(
             site.clone(),
             directory,
@@ -560,8 +560,9 @@ impl LayerStore {
                 Err(error) => {
                     tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
                     for chunk in chunks {
-                        self.failures.note_damaged(chunk);
-                        self.drop_chunk(chunk);
+                        if self.drop_chunk(chunk) {
+                            self.failures.note_damaged(chunk);
+                        }
                     }
                     return false;
                 }
@@ -697,7 +698,9 @@ impl LayerStore {
         self.proven.store(false, Ordering::Release);
         replace_file(&*self.site.backend, &self.directory, QUARANTINED, reason.as_bytes())
             .map_err(StoreError::io("write", &self.directory.join(QUARANTINED)))?;
-        self.geometry().chunks().for_each(|chunk| self.drop_chunk(chunk));
+        for chunk in self.geometry().chunks() {
+            self.drop_chunk(chunk);
+        }
         self.wire.clear();
         self.flush()?;
         self.evict(&(0..units(self.geometry().chunk_count())).collect::<Vec<_>>()).map(drop)
@@ -728,22 +731,27 @@ impl LayerStore {
                 self.suspect.clear(chunk);
                 return true;
             }
-            self.failures.note_damaged(chunk);
-            self.drop_chunk(chunk);
+            // Of several who read it at once one notes it.
+            if self.drop_chunk(chunk) {
+                self.failures.note_damaged(chunk);
+            }
             return false;
         }
     }
 
-    fn drop_chunk(&self, chunk: u32) {
+    /// Gives whether it was here.
+    fn drop_chunk(&self, chunk: u32) -> bool {
         // Under the lock, so that a flush cannot miss the bit between the two.
         let mut unsynced = self.unsynced.lock();
-        if self.here.clear(chunk) {
+        let was_here = self.here.clear(chunk);
+        if was_here {
             self.suspect.clear(chunk);
             self.proven.store(false, Ordering::Release);
             self.losses.fetch_add(1, Ordering::SeqCst);
             self.faults.rotten.fetch_add(1, Ordering::Relaxed);
             unsynced.dropped.push(chunk);
         }
+        was_here
     }
 
     fn note_written(&self, chunk: u32) {
@@ -800,7 +808,9 @@ impl LayerStore {
             && let Err(error) = self.device.sync()
         {
             // After a failed sync the kernel may have dropped the pages, so the chunks have to come again.
-            taken.written.iter().for_each(|chunk| self.drop_chunk(*chunk));
+            for chunk in &taken.written {
+                self.drop_chunk(*chunk);
+            }
             self.unsynced.lock().dropped.extend(taken.dropped);
             return Err(StoreError::io("sync", &self.device_path())(error));
         }

@@ -99,9 +99,11 @@ impl fmt::Display for Cause {
 }
 
 impl Failures {
-    /// Those that an earlier process left in `directory`. A file that cannot be read says nothing: what fails is found again.
-    pub(super) fn open(backend: &dyn Backend, directory: &Path) -> Self {
+    /// Those that an earlier process left in `directory`, of a layer of so many chunks. A file that cannot be right says nothing: what
+    /// fails is found again.
+    pub(super) fn open(backend: &dyn Backend, directory: &Path, chunk_count: u32) -> Self {
         let cause = read_file(backend, &directory.join(FAILING), 64).ok().and_then(|bytes| Cause::decode(&bytes));
+        let cause = cause.filter(|cause| cause.chunk() < chunk_count);
         let mut counts = Counts { cause, ..Counts::default() };
         match cause {
             Some(Cause::Wrong(chunk)) => counts.wrong.insert(chunk, FAILURES_MAX),
