@@ -65,13 +65,20 @@ impl Drain {
 /// how many layers lacked something.
 pub async fn complete(socket: &Path, show: impl FnMut(&CompleteProgress)) -> anyhow::Result<usize> {
     let status = client::status(socket).await?;
-    let layers = status.images.iter().flat_map(|image| &image.layers);
-    let partial = layers.filter(|layer| layer.state() == LayerState::Partial);
+    let layers = || status.images.iter().flat_map(|image| &image.layers);
+    let partial = layers().filter(|layer| layer.state() == LayerState::Partial);
     let mut blobs: Vec<Digest> = partial.filter_map(|layer| layer.blob.parse().ok()).collect();
     blobs.sort_by_key(|blob| *blob.as_bytes());
     blobs.dedup();
     if !blobs.is_empty() {
         client::complete(socket, &blobs, show).await?;
+    }
+    let is_lost = |state| matches!(state, LayerState::Quarantined | LayerState::Broken);
+    if let Some(lost) = layers().find(|layer| is_lost(layer.state())) {
+        anyhow::bail!(
+            "the layer of snapshot {} is quarantined or broken (drover-snapshotter status --layers)",
+            lost.snapshot
+        );
     }
     Ok(blobs.len())
 }

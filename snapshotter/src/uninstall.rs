@@ -1,6 +1,6 @@
 //! Removing all that Drover has on a node.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,13 +8,12 @@ use anyhow::{Context, bail, ensure};
 
 use crate::config::Config;
 use crate::mount::erofs::unmount;
-use crate::mount::table::mounts_below;
+use crate::mount::table::{Mounted, mounts_below};
 use crate::snapshots::records::Records;
 use crate::{fuse, keeper};
 
 /// Everything of ours in the root; see docs/store.md.
 const IN_ROOT: [&str; 16] = [
-    "snapshots.redb",
     "snapshots",
     "layers",
     "incoming",
@@ -30,6 +29,8 @@ const IN_ROOT: [&str; 16] = [
     "identity",
     "devices",
     "drained",
+    // Last: without it nothing says that containerd has no snapshot.
+    "snapshots.redb",
 ];
 
 /// The same in the directory for what need not survive a reboot.
@@ -56,8 +57,9 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
         "drover-snapshotter serves at {}: stop it first (systemctl stop drover-snapshotter)",
         config.socket().display()
     );
+    // Held to the end: a daemon that is started meanwhile is told.
+    let _locks = [hold(&config.run.join("lock"))?, hold(&config.root.join("lock"))?];
     let records = config.root.join("snapshots.redb");
-    // Kept open: a daemon that is started meanwhile is told.
     let records = records.exists().then(|| Records::open(&records)).transpose()?;
     if let Some(records) = &records {
         let snapshots = records.list(|_| true)?;
@@ -73,14 +75,20 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
         }
     }
     fuse::mount::unmount(&config.devices()).context("cannot remove the FUSE mount")?;
-    for mounted in mounts_below(&config.root)?.into_iter().rev() {
+    // As the kernel names it.
+    let root = fs::canonicalize(&config.root).unwrap_or_else(|_| config.root.clone());
+    // It may be a disk of its own.
+    let below = || Ok(mounts_below(&root)?.into_iter().filter(|mounted| mounted.target != root).collect());
+    let mounts: io::Result<Vec<Mounted>> = below();
+    for mounted in mounts?.into_iter().rev() {
+        let is_ours = mounted.fs_type == "erofs" && mounted.target.parent() == Some(&root.join("m"));
+        ensure!(is_ours, "{} is mounted there and not Drover's: unmount it first", mounted.target.display());
         unmount(&mounted.target).with_context(|| format!("cannot unmount {}", mounted.target.display()))?;
     }
     // What is below would be removed with the rest.
-    if let Some(mounted) = mounts_below(&config.root)?.first() {
+    if let Some(mounted) = below()?.first() {
         bail!("{} is still mounted", mounted.target.display());
     }
-    // The lock of the root goes last, like that of the other directory: who is started meanwhile finds them taken.
     for name in IN_ROOT {
         remove(&config.root.join(name))?;
     }
@@ -93,6 +101,7 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
     let mut left = Vec::new();
     for directory in [&config.root, &config.run] {
         match fs::remove_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
                 let entries =
                     fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
@@ -105,6 +114,18 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
         }
     }
     Ok(left)
+}
+
+/// The lock of a daemon, where there ever was one.
+fn hold(lock: &Path) -> anyhow::Result<Option<File>> {
+    let file = match File::open(lock) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot open {}", lock.display())),
+    };
+    let locked = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    locked.with_context(|| format!("{} is in use: stop drover-snapshotter first", lock.display()))?;
+    Ok(Some(file))
 }
 
 fn remove(path: &Path) -> anyhow::Result<()> {
