@@ -63,13 +63,9 @@ impl ImageLayers {
             if !self.node.layers().iter().any(|layer| layer.has_wrong_index()) {
                 continue;
             }
-            let layers = self.clone();
-            let Ok(Ok(lazy)) = tokio::task::spawn_blocking(move || layers.store.lazy()).await else { continue };
-            for diff_id in lazy.iter().map(|(_, backing)| backing.diff_id).collect::<HashSet<_>>() {
-                let standing: Vec<_> = lazy.iter().filter(|(_, backing)| backing.diff_id == diff_id).cloned().collect();
-                if self.node.layer(diff_id).is_some_and(|layer| layer.has_wrong_index())
-                    && let Err(error) = self.renew(diff_id, standing).await
-                {
+            for layer in self.node.layers().iter().filter(|layer| layer.has_wrong_index()) {
+                let diff_id = layer.diff_id();
+                if let Err(error) = self.renew(diff_id).await {
                     tracing::debug!(layer = %diff_id, error = format!("{error:#}"), "a quarantined layer cannot be had anew yet");
                 }
             }
@@ -77,10 +73,19 @@ impl ImageLayers {
     }
 
     /// Gets the layer with another index, and mounts it for the snapshots that stand on it.
-    async fn renew(&self, diff_id: Digest, mut standing: Vec<(Snapshot, LazyBacking)>) -> anyhow::Result<()> {
-        // A parent was committed before its children were made, so its id is lower.
-        standing.sort_by_key(|(snapshot, _)| snapshot.record.id);
+    async fn renew(&self, diff_id: Digest) -> anyhow::Result<()> {
         let _hold = self.store.hold(diff_id).await;
+        let (mounts, store) = (self.mounts.clone(), self.store.clone());
+        // First: nothing that was made of the wrong index may be found beside the new one, also after a crash.
+        let detached = tokio::task::spawn_blocking(move || -> anyhow::Result<Vec<(Snapshot, LazyBacking)>> {
+            let mut standing = store.lazy()?;
+            standing.retain(|(_, backing)| backing.diff_id == diff_id);
+            // A parent was committed before its children were made, so its id is lower.
+            standing.sort_by_key(|(snapshot, _)| snapshot.record.id);
+            standing.iter().try_for_each(|(_, backing)| mounts.detach(backing.chain_id))?;
+            Ok(standing)
+        });
+        let standing = detached.await??;
         let Some((_, backing)) = standing.first() else { return Ok(()) };
         let (progress, _) = watch::channel(Progress::default());
         let layer = self.resolutions.resolver().resolve(&backing.blob_ref(), progress).await?;
@@ -89,7 +94,6 @@ impl ImageLayers {
         let mounted = layer.clone();
         tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
             for (snapshot, backing) in standing {
-                mounts.detach(backing.chain_id)?;
                 let lowers = store.lowers(snapshot.record.parent.as_deref());
                 mounts.attach(backing.chain_id, &mounted, lowers)?;
             }
