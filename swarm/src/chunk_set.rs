@@ -99,7 +99,7 @@ impl ChunkSet {
 
     /// The first member at or above `from`.
     pub fn next(&self, from: u32) -> Option<u32> {
-        first(self.words.iter().copied(), from, self.len)
+        first(self.words_at(from).iter().copied(), from, self.len)
     }
 
     /// The last member.
@@ -113,7 +113,7 @@ impl ChunkSet {
         let mut from = 0;
         std::iter::from_fn(move || {
             let start = self.next(from)?;
-            let end = first(self.words.iter().map(|word| !word), start, self.len).unwrap_or(self.len);
+            let end = first(self.words_at(start).iter().map(|word| !word), start, self.len).unwrap_or(self.len);
             from = end;
             Some(start..end)
         })
@@ -121,7 +121,8 @@ impl ChunkSet {
 
     /// The first chunk at or above `from` and below `end` that is in both.
     pub(crate) fn next_in_both(&self, other: &Self, from: u32, end: u32) -> Option<u32> {
-        first(self.words.iter().zip(&other.words).map(|(word, other)| word & other), from, end.min(self.len))
+        let words = self.words_at(from).iter().zip(other.words_at(from));
+        first(words.map(|(word, other)| word & other), from, end.min(self.len))
     }
 
     /// The last chunk below `end` that is in both.
@@ -134,7 +135,8 @@ impl ChunkSet {
 
     /// The first chunk at or above `from` and below `end` that is in this set and not in `other`.
     pub(crate) fn next_not_in(&self, other: &Self, from: u32, end: u32) -> Option<u32> {
-        first(self.words.iter().zip(&other.words).map(|(word, other)| word & !other), from, end.min(self.len))
+        let words = self.words_at(from).iter().zip(other.words_at(from));
+        first(words.map(|(word, other)| word & !other), from, end.min(self.len))
     }
 
     /// The chunks of `range` that are in this set and not in `other`, in order. Both hold as many.
@@ -147,19 +149,23 @@ impl ChunkSet {
         })
     }
 
+    /// The words from that with `chunk` on.
+    fn words_at(&self, chunk: u32) -> &[u64] {
+        self.words.get((chunk / 64) as usize..).unwrap_or_default()
+    }
+
     fn word(&self, at: u32) -> u64 {
         self.words.get(at as usize).copied().unwrap_or(0)
     }
 }
 
-/// The first chunk at or above `from` and below `end` in a set of these words.
-fn first(words: impl ExactSizeIterator<Item = u64>, from: u32, end: u32) -> Option<u32> {
+/// The first chunk at or above `from` and below `end` in a set whose words these are from that with `from` on.
+fn first(words: impl Iterator<Item = u64>, from: u32, end: u32) -> Option<u32> {
     if from >= end {
         return None;
     }
-    let at = from / 64;
     let mut mask = u64::MAX << (from % 64);
-    for (word, at) in words.take(end.div_ceil(64) as usize).skip(at as usize).zip(at..) {
+    for (at, word) in (from / 64..end.div_ceil(64)).zip(words) {
         let found = word & mask;
         if found != 0 {
             let chunk = at * 64 + found.trailing_zeros();

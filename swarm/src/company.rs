@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::book::{Book, Offer};
 use crate::chunk_set::ChunkSet;
 use crate::mesh::Mesh;
-use crate::peer::{PeerId, mix};
+use crate::peer::{PeerId, weight};
 use crate::swarm::{LayerKey, Priority, Swarm};
 
 /// A neighbour that told nothing for so long does not read.
@@ -35,7 +35,7 @@ struct Company<'a> {
 impl Company<'_> {
     /// How many of the others fetch `chunk` before this node, of those that do not have it.
     fn before(&self, chunk: u32) -> usize {
-        let weight = |peer: PeerId| mix(peer.0 ^ mix(u64::from(chunk / self.piece) ^ self.salt));
+        let weight = |peer: PeerId| weight(peer, chunk / self.piece, self.salt);
         let mine = weight(self.me);
         self.others.iter().filter(|offer| !offer.has(chunk) && weight(offer.peer) > mine).count()
     }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::peer::{PeerId, Zone, mix};
+use crate::peer::{PeerId, Zone, mix, weight};
 
 /// How many share the registry's blob: enough to keep its link busy, few enough to be told in each message.
 pub(crate) const DELEGATES: usize = 8;
@@ -86,7 +86,7 @@ impl Delegates {
 
     /// Whether this node is one of the first `ranks` to fetch `span`. `zone`: among the delegates of its own zone.
     pub(crate) fn is_mine(&self, span: u32, ranks: usize, within_zone: bool) -> bool {
-        let weight = |peer: PeerId| mix(peer.0 ^ mix(u64::from(span) ^ self.salt));
+        let weight = |peer: PeerId| weight(peer, span, self.salt);
         let mine = weight(self.me);
         let members = self.known.iter().filter(|(known, _)| !within_zone || known.zone == self.zone);
         let mut members = members.take(DELEGATES).map(|(known, _)| known.peer).peekable();

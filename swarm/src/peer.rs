@@ -32,6 +32,11 @@ fn fold(bytes: &[u8]) -> u64 {
     bytes.iter().fold(bytes.len() as u64, |sum, byte| mix(sum ^ u64::from(*byte)))
 }
 
+/// By rendezvous hashing, who has the greatest weight is the first whose turn a piece of a layer is.
+pub(crate) const fn weight(peer: PeerId, piece: u32, salt: u64) -> u64 {
+    mix(peer.0 ^ mix(piece as u64 ^ salt))
+}
+
 /// Spreads the bits of a number (the output function of SplitMix64: Steele, Lea, Flood: Fast splittable pseudorandom number
 /// generators).
 pub(crate) const fn mix(x: u64) -> u64 {
