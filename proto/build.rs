@@ -1,5 +1,9 @@
 //! Generates the gRPC code with protox, so that no `protoc` is needed.
 
+use std::path::Path;
+
+use prost::Message;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(
@@ -20,6 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ],
         ["proto"],
     )?;
+    // What `src/pinned.rs` compares.
+    let descriptors = Path::new(&std::env::var("OUT_DIR")?).join("descriptors.bin");
+    std::fs::write(descriptors, files.encode_to_vec())?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

@@ -79,3 +79,6 @@ pub mod drover {
         }
     }
 }
+
+#[cfg(test)]
+mod pinned;

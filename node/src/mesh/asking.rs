@@ -124,6 +124,33 @@ mod tests {
         assert_eq!(Turned::read(&headers), Some(turned));
     }
 
+    /// Machines of other versions read and write exactly these.
+    #[test]
+    fn the_headers_of_version_1_stay() {
+        let text = |headers: &HeaderMap| {
+            let mut lines: Vec<_> =
+                headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+            lines.sort();
+            lines
+        };
+        for (priority, word) in
+            [(Priority::Demand, "demand"), (Priority::Readahead, "readahead"), (Priority::Background, "background")]
+        {
+            let mut headers = HeaderMap::new();
+            Asker::write("10.0.0.7:7071".parse().unwrap(), priority, &mut headers);
+            assert_eq!(text(&headers), ["drover-peer: 10.0.0.7:7071".to_owned(), format!("drover-priority: {word}")]);
+        }
+        let peers = vec![member("10.0.0.1:7071;eu-1.a"), member("[fd00::1]:7071")];
+        let turned = Turned { retry_after: Duration::from_millis(1250), peers };
+        let mut headers = HeaderMap::new();
+        turned.write(&mut headers);
+        let told = ["drover-peers: 10.0.0.1:7071;eu-1.a,[fd00::1]:7071", "drover-retry-ms: 1250", "retry-after: 2"];
+        assert_eq!(text(&headers), told);
+        // What a later version says besides is overlooked.
+        set(&mut headers, HeaderName::from_static("drover-later"), "1");
+        assert_eq!(Turned::read(&headers), Some(turned));
+    }
+
     #[test]
     fn nonsense_counts_as_absent_and_nothing_is_unbounded() {
         let mut headers = HeaderMap::new();
