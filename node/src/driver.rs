@@ -50,10 +50,10 @@ enum Note {
 
 /// Members of the mesh who have a chunk, as one said who gave nothing itself.
 #[derive(Debug)]
-struct Named {
-    layer: LayerKey,
-    chunk: u32,
-    members: Vec<Member>,
+pub(crate) struct Named {
+    pub(crate) layer: LayerKey,
+    pub(crate) chunk: u32,
+    pub(crate) members: Vec<Member>,
 }
 
 /// Most that is taken from the lines of the mesh before all that follows is done.
@@ -240,11 +240,12 @@ impl Driver {
                 }
                 Note::Moved { fetch } => self.swarm.on_moved(now, fetch),
                 Note::End { fetch, outcome, named } => {
-                    if let Some(ended) = self.running.remove(&fetch) {
+                    let by = self.running.remove(&fetch).map(|ended| {
                         self.ask_units(ended.layer, ended.source);
-                    }
-                    if let (Some(mesh), Some(Named { layer, chunk, members })) = (&mut self.mesh, named) {
-                        mesh.on_named(now, &mut self.swarm, &self.inbox, layer, chunk, &members);
+                        ended.source
+                    });
+                    if let (Some(mesh), Some(named)) = (&mut self.mesh, named) {
+                        mesh.on_named(now, &mut self.swarm, &self.inbox, &named, by);
                     }
                     self.swarm.on_end(now, fetch, outcome);
                 }

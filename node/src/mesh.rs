@@ -31,6 +31,7 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use proto::drover::mesh::v1 as api;
 use swarm::{UploadConfig, Zone};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::lines::Lines;
@@ -68,6 +69,10 @@ const BIND_PAUSE: Duration = Duration::from_secs(2);
 /// Bodies that are sent at once; `swarm::Uploads` allows fewer to other nodes.
 const TRANSFERS: usize = 64;
 const CONNECTIONS: usize = 1024;
+/// Of so many who are sent away at once the driver is asked who else has what they want; the others hear only when to come again.
+const NAMINGS: usize = 8;
+/// Who is sent away hears of it at once, whatever the driver does.
+const NAMING: Duration = Duration::from_millis(20);
 
 /// A node's part in the mesh. Dropping it leaves the mesh.
 #[derive(Debug)]
@@ -113,7 +118,7 @@ async fn run(
     let refused = Refused::default();
     let events = node.mesh_events();
     let uploads = UploadConfig { bytes_per_sec: options.upload_rate, leech: options.leech, ..UploadConfig::default() };
-    let sharing = Sharing::new(Arc::clone(&node), uploads, refused.clone(), Box::new(|_, _| Vec::new()));
+    let sharing = Sharing::new(Arc::clone(&node), uploads, refused.clone(), holders(events.clone()));
     let demand = node_demand(&node, &security).await;
     let router = demand.guard(serve::router(Arc::new(sharing), TRANSFERS));
     let router = router.route_service(neighbours::ROUTE, Calls::service(events.clone(), refused.clone()));
@@ -133,6 +138,22 @@ async fn run(
         lines.hold_seeders(seeders).await;
     }
     let _ = served.await;
+}
+
+/// Who else has what somebody is sent away for, as the driver knows it.
+fn holders(events: mpsc::Sender<Event>) -> Holders {
+    let namings = Arc::new(Semaphore::new(NAMINGS));
+    Box::new(move |blob, chunk, asker: Asker| {
+        let (events, namings) = (events.clone(), Arc::clone(&namings));
+        Box::pin(async move {
+            let Ok(_naming) = namings.try_acquire() else { return Vec::new() };
+            let (answer, named) = oneshot::channel();
+            if events.try_send(Event::WhoElse { blob, chunk, asker: asker.peer, answer }).is_err() {
+                return Vec::new();
+            }
+            tokio::time::timeout(NAMING, named).await.ok().and_then(Result::ok).unwrap_or_default()
+        })
+    })
 }
 
 /// What other nodes must show here, as the seeders said last.

@@ -13,7 +13,7 @@ use crate::chunk_set::ChunkSet;
 use crate::config::Config;
 use crate::delegates::{BEAT, DELEGATES, Delegate, Delegates};
 use crate::peer::{PeerId, Zone, mix};
-use crate::picker::{self, Choice};
+use crate::picker::{self, Choice, Nearer};
 use crate::source::Source;
 use crate::swarm::{FetchId, LayerKey, Priority, SourceId, SourceKind, Swarm};
 use crate::timer::Timer;
@@ -245,6 +245,32 @@ impl Swarm {
         }
     }
 
+    /// Up to `max` neighbours that told of a chunk, for a machine in the zone `near` that this node sends away and that is not
+    /// `except`: those in its zone first, and not always the same ones.
+    pub fn holders(
+        &mut self,
+        layer: LayerKey,
+        chunk: u32,
+        near: Zone,
+        except: Option<SourceId>,
+        max: usize,
+    ) -> Vec<SourceId> {
+        let draw = self.next_random();
+        let Some(book) = self.books.get(&layer) else { return Vec::new() };
+        let Some(mesh) = &book.mesh else { return Vec::new() };
+        let is_well = |id: &SourceId| {
+            let source = self.sources.get(id);
+            source.is_some_and(|source| source.is_reliable(&self.config, self.now))
+        };
+        let told = book.sources.iter().filter(|(id, offer)| {
+            Some(**id) != except && offer.has.as_ref().is_some_and(|has| has.contains(chunk)) && is_well(id)
+        });
+        let is_far = |offer: &Offer| offer.far.unwrap_or(mesh.zone) != near;
+        let mut found: Vec<_> = told.map(|(id, offer)| (is_far(offer), mix(offer.peer.0 ^ draw), *id)).collect();
+        found.sort_unstable();
+        found.into_iter().take(max).map(|(_, _, id)| id).collect()
+    }
+
     /// The seeder wants this node to fetch a run for all, from `from`: itself or a neighbour in another zone. Nothing is fetched that
     /// this node neither wants nor will want since it [fills](Swarm::fills), and while its containers read, nothing sooner for it:
     /// whoever only looks at an image takes little of it.
@@ -435,6 +461,12 @@ impl Swarm {
             return false;
         };
         let Some(mesh) = &book.mesh else { return false };
+        if let Some(choice) = self.choose_local(book, priority) {
+            // The end of a fetch will look again where it is busy.
+            let Choice::Fetch { source, run } = choice else { return false };
+            self.start(layer, source, run, priority, false);
+            return true;
+        }
         let load: u64 = self.mesh_load.iter().sum();
         let class = self.class(book, priority);
         let room = self.config.mesh_in_flight_bytes_max(class).saturating_sub(load);
@@ -515,6 +547,14 @@ impl Swarm {
             Some((.., source)) => Choice::Fetch { source, run: chunk..chunk + 1 },
             None => Choice::Busy,
         }
+    }
+
+    /// What this machine has in another place comes from there, whoever else has it; `None` where there is nothing of the kind.
+    fn choose_local(&self, book: &Book, priority: Priority) -> Option<Choice> {
+        let chunk = book.queued_set(priority).next(0)?;
+        let nearer = picker::nearer(&self.sources, book, self.now, chunk, priority, SourceKind::Peer);
+        (nearer == Nearer::Usable)
+            .then(|| picker::choose(&self.config, &self.sources, book, self.now, chunk, priority, None))
     }
 
     fn pick_assigned(&self, book: &Book, mesh: &Mesh, priority: Priority) -> Option<(SourceId, Range<u32>)> {

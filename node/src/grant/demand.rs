@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::extract::{Path, Request, State};
@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use super::{Grant, GrantError, HEADER, Stage, of_header};
 use crate::ingest::Ingester;
+use crate::security::clock::since_boot;
 use crate::security::tls::Caller;
 use crate::security::{Clock, Security, Verifier};
 
@@ -34,8 +35,8 @@ struct Shared {
     is_on: AtomicBool,
     /// What each seeder said; nothing yet where it is empty.
     told: Mutex<BTreeMap<String, bool>>,
-    /// What the clock of each seeder showed, and when it was asked.
-    clocks: Mutex<BTreeMap<String, (SystemTime, Instant)>>,
+    /// What the clock of each seeder showed, and when it was asked, since this machine's boot.
+    clocks: Mutex<BTreeMap<String, (SystemTime, Duration)>>,
     own_clock: Clock,
     /// Where what they said is kept.
     file: Option<PathBuf>,
@@ -101,10 +102,10 @@ impl Demand {
         }
     }
 
-    /// The clock of `seeder` shows `seconds` since 1970, or did at some moment since `asked`. Grants are made by its clock and judged
+    /// The clock of `seeder` shows `seconds` since 1970, or did at some moment since `asked` after this machine's boot. Grants are made by its clock and judged
     /// by it from now on, as far as this machine's own runs as fast: nodes whose clocks differ know the same grants to be good. The
     /// later a word comes, the later the seeder's time seems to be, and the sooner grants end.
-    pub(crate) fn tell_time(&self, seeder: &str, seconds: u64, asked: Instant) {
+    pub(crate) fn tell_time(&self, seeder: &str, seconds: u64, asked: Duration) {
         let Some(shown) = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)) else { return };
         self.shared.clocks.lock().insert(seeder.to_owned(), (shown, asked));
     }
@@ -119,8 +120,9 @@ impl Demand {
 
     /// What the clocks show that grants are made by; this machine's own where no seeder has said.
     fn times(&self, own: SystemTime) -> Vec<SystemTime> {
-        let clocks = self.shared.clocks.lock();
-        let times: Vec<_> = clocks.values().filter_map(|(shown, asked)| shown.checked_add(asked.elapsed())).collect();
+        let (clocks, now) = (self.shared.clocks.lock(), since_boot());
+        let times = clocks.values().filter_map(|(shown, asked)| shown.checked_add(now.saturating_sub(*asked)));
+        let times: Vec<_> = times.collect();
         if times.is_empty() { vec![own] } else { times }
     }
 

@@ -17,10 +17,11 @@ use crate::ingest::tests::{Sample, finished};
 use crate::ingest::{self, Ingester, Phase, control};
 use crate::layer::Layer;
 use crate::mesh::peer::{PeerClient, PeerSource};
-use crate::mesh::{OwnAddress, Refused, Sharing};
+use crate::mesh::{Holders, Member, OwnAddress, Refused, Sharing};
 use crate::registry;
 use crate::registry::fake::FakeRegistry;
 use crate::resolve::{Progress, ResolveError, Resolver};
+use crate::security::clock::since_boot;
 use crate::security::tests::TestCluster;
 use crate::security::{Clock, Role, Security};
 use crate::seeder::{self, SeederError};
@@ -354,9 +355,9 @@ async fn a_grant_is_good_for_its_machine_its_layer_and_its_time() {
     // What seeders' clocks show counts instead of the own one, and it is enough that it is good by one of them.
     let told = Demand::of_node(&node, scene.folder.path().join("grants"));
     let good = |told: &Demand| told.check(at(grant.issued), Some(&caller), blob, Some(&header)).is_ok();
-    told.tell_time("late", grant.expires + 1000, Instant::now());
+    told.tell_time("late", grant.expires + 1000, since_boot());
     assert!(!good(&told));
-    told.tell_time("right", grant.issued + 1, Instant::now());
+    told.tell_time("right", grant.issued + 1, since_boot());
     assert!(good(&told));
 
     let other = crate::security::tls::Caller { key: Digest::of(b"another key"), ..caller.clone() };
@@ -538,8 +539,22 @@ async fn fetch(source: &PeerSource, run: Range<u32>) -> Result<(), SourceError> 
 
 /// Lets `node` give what it has to who shows what `demand` wants.
 async fn share(node: &std::sync::Arc<Node>, demand: &Demand, security: &Security) -> (std::net::SocketAddr, DropGuard) {
-    let sharing =
-        Sharing::new(node.clone(), swarm::UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
+    share_within(node, demand, security, swarm::UploadConfig::default()).await
+}
+
+/// The same within the bounds of `uploads`; whom it sends away it tells of 10.0.0.9.
+async fn share_within(
+    node: &std::sync::Arc<Node>,
+    demand: &Demand,
+    security: &Security,
+    uploads: swarm::UploadConfig,
+) -> (std::net::SocketAddr, DropGuard) {
+    let other: Member = "10.0.0.9:7071".parse().unwrap();
+    let holders: Holders = Box::new(move |_, _, _| {
+        let others = vec![other.clone()];
+        Box::pin(async move { others })
+    });
+    let sharing = Sharing::new(node.clone(), uploads, Refused::default(), holders);
     let router = demand.guard(serve::router(std::sync::Arc::new(sharing), 64));
     let listener = Listener::bind("127.0.0.1:0", security, Limits::default()).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -569,7 +584,7 @@ async fn nodes_whose_clocks_are_an_hour_off_take_part() {
         let source = PeerSource::new(peer, scene.blob.digest, layer.geometry());
         let unasked = fetch(&source, 0..1).await;
         assert_eq!(unasked.is_ok(), giver == 0, "{what}: {unasked:?}");
-        demand.tell_time("s", seconds(SystemTime::now()), Instant::now());
+        demand.tell_time("s", seconds(SystemTime::now()), since_boot());
         fetch(&source, 0..1).await.unwrap_or_else(|error| panic!("{what}: {error}"));
         node.shutdown().await;
     }
@@ -618,6 +633,32 @@ async fn nodes_demand_what_seeders_tell_them_to() {
     demand.tell("s2", false).await;
     fetch(&bare, 0..1).await.unwrap();
     assert!(!Demand::of_node(&Security::Off, file).is_on(), "without security there is nobody to tell apart");
+    node.shutdown().await;
+}
+
+/// A node that has enough to do tells who else has a chunk: only who may have it learns that.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_no_grant_learns_of_no_holder() {
+    let scene = Scene::known(105, Duration::ZERO).await;
+    let node = scene.node("giver");
+    let layer = scene.resolve(&node, "giver", RIGHT).await.unwrap();
+    layer.read(0..1000).await.unwrap();
+    let security = scene.cluster.security(Role::Node, "giver");
+    let demand = Demand::of_node(&security, node.root().join("grants"));
+    let uploads = swarm::UploadConfig { slots: 0, demand_slots: 0, ..swarm::UploadConfig::default() };
+    let (address, _stop) = share_within(&node, &demand, &security, uploads).await;
+    let taker = scene.cluster.security(Role::Node, "taker");
+    let source = |grants| {
+        let peer = PeerClient::new(address, &taker, OwnAddress::default(), grants, seeder::Options::default()).unwrap();
+        PeerSource::new(peer, scene.blob.digest, layer.geometry())
+    };
+    let without = fetch(&source(None), 0..1).await;
+    assert!(matches!(without, Err(SourceError::Denied { .. })), "{without:?}");
+    let seeders = scene.client_of(taker.clone(), "taker", RIGHT);
+    match fetch(&source(Some(seeders.grants().clone())), 0..1).await {
+        Err(SourceError::Busy { peers, .. }) => assert_eq!(peers, ["10.0.0.9:7071".parse().unwrap()]),
+        other => panic!("{other:?}"),
+    }
     node.shutdown().await;
 }
 

@@ -21,6 +21,7 @@ use super::membership::Event;
 use super::peer::{self, PeerClient};
 use crate::grant::{Demand, Held};
 use crate::security::Security;
+use crate::security::clock::since_boot;
 use crate::seeder;
 
 /// Messages that wait for a line. A line that is slower is broken off and begins anew with all there is.
@@ -157,7 +158,7 @@ impl Lines {
         let hello = api::ToSeeder { message: Some(to_seeder::Message::Hello(self.hello.clone())) };
         let _ = outlet.try_send(hello);
         let mut client = TrackerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let asked = std::time::Instant::now();
+        let asked = since_boot();
         let opened = async {
             let mut incoming = client.join(ReceiverStream::new(outgoing)).await?.into_inner();
             match incoming.message().await?.and_then(|message| message.message) {

@@ -13,17 +13,20 @@ use proto::drover::mesh::v1::{from_seeder, to_neighbour, to_seeder};
 use swarm::{Delegate, LayerKey, Message, PeerId, SourceId, Swarm, Zone};
 use tokio::sync::{mpsc, oneshot};
 
+use super::asking::PEERS_MAX;
 use super::lines::{Lines, NeighbourLine};
-use super::member::Member;
+use super::member::{Member, is_zone};
 use super::peer::{PeerClient, PeerSource};
 use super::standing::{Standing, Watch};
 use super::{Refused, runs};
-use crate::driver::Inbox;
+use crate::driver::{Inbox, Named};
 use crate::layer::Layer;
 use crate::source::{Source, SourceKind};
 
 /// Most machines that this node deals with.
 const NEIGHBOURS_MAX: usize = 256;
+/// Who deals with so many machines meets no others that only a neighbour named: the rest is for those of whom seeders tell.
+const NAMED_MAX: usize = 32;
 /// A layer that no seeder knows is joined again after so long, if none says before that it knows it.
 const UNKNOWN_PAUSE: Duration = Duration::from_secs(5);
 
@@ -45,11 +48,13 @@ pub(crate) enum Event {
     NeighbourGone { address: SocketAddr },
     /// A machine made a line to this node. `is_own`: the line comes from the host that it names as its own. `taken` is told whether
     /// this node will hear what it tells.
-    CallerUp { address: SocketAddr, zone: Zone, call: u64, is_own: bool, taken: oneshot::Sender<bool> },
+    CallerUp { caller: Member, call: u64, is_own: bool, taken: oneshot::Sender<bool> },
     /// What it has.
     Haves { address: SocketAddr, haves: api::LayerHaves },
     /// Its line ended.
     CallerDown { address: SocketAddr, call: u64 },
+    /// This node sends `asker` away, who wants a chunk: who else has it?
+    WhoElse { blob: Digest, chunk: u32, asker: Option<SocketAddr>, answer: oneshot::Sender<Vec<Member>> },
 }
 
 /// This node's part in the mesh.
@@ -83,6 +88,8 @@ struct Neighbour {
     id: SourceId,
     peer: PeerId,
     zone: Zone,
+    /// Name of its zone.
+    zone_name: String,
     client: PeerClient,
     /// Layers that both have.
     layers: BTreeSet<LayerKey>,
@@ -153,19 +160,24 @@ impl Membership {
         Some(Arc::new(PeerSource::new(neighbour.client.clone(), layer.header().blob(), layer.geometry())))
     }
 
-    /// Machines that were named to have a chunk.
+    /// Machines that `by` named to have a chunk.
     pub(crate) fn on_named(
         &mut self,
         now: Duration,
         swarm: &mut Swarm,
         inbox: &Inbox,
-        key: LayerKey,
-        chunk: u32,
-        machines: &[Member],
+        named: &Named,
+        by: Option<SourceId>,
     ) {
-        for Member { address, zone } in machines {
-            if let Some(id) = self.meet(now, swarm, inbox, key, *address, Zone::named(zone)) {
-                swarm.on_haves(now, key, id, std::slice::from_ref(&(chunk..chunk.saturating_add(1))), &[]);
+        let is_neighbour = by.is_some_and(|by| self.addresses.contains_key(&by));
+        let run = named.chunk..named.chunk.saturating_add(1);
+        for machine in &named.members {
+            let is_stranger = !self.neighbours.contains_key(&machine.address);
+            if is_neighbour && is_stranger && self.neighbours.len() >= NAMED_MAX {
+                continue;
+            }
+            if let Some(id) = self.meet(now, swarm, inbox, named.layer, machine) {
+                swarm.on_haves(now, named.layer, id, std::slice::from_ref(&run), &[]);
             }
         }
     }
@@ -222,11 +234,11 @@ impl Membership {
                     self.part(swarm, address);
                 }
             }
-            Event::CallerUp { address, zone, call, is_own, taken } => {
-                let is_known = self.neighbours.contains_key(&address);
+            Event::CallerUp { caller, call, is_own, taken } => {
+                let is_known = self.neighbours.contains_key(&caller.address);
                 if (is_known || is_own)
-                    && self.acquaint(inbox, address, zone).is_some()
-                    && let Some(neighbour) = self.neighbours.get_mut(&address)
+                    && self.acquaint(inbox, &caller).is_some()
+                    && let Some(neighbour) = self.neighbours.get_mut(&caller.address)
                     && taken.send(true).is_ok()
                 {
                     neighbour.call = Some(call);
@@ -239,11 +251,9 @@ impl Membership {
                 let Some(neighbour) = self.neighbours.get(&address).filter(|neighbour| neighbour.call.is_some()) else {
                     return false;
                 };
-                let zone = neighbour.zone;
+                let teller = neighbour.member(address);
                 let delegates: Vec<Delegate> = haves.delegates.iter().map(delegate).collect();
-                if let (Some(id), Some(runs)) =
-                    (self.meet(now, swarm, inbox, key, address, zone), runs::decode(&told.runs))
-                {
+                if let (Some(id), Some(runs)) = (self.meet(now, swarm, inbox, key, &teller), runs::decode(&told.runs)) {
                     swarm.on_haves(now, key, id, &runs, &delegates);
                     swarm.on_coming(now, key, id, &runs::decode(&haves.coming).unwrap_or_default());
                 }
@@ -256,8 +266,22 @@ impl Membership {
                     neighbour.withdraw(swarm);
                 }
             }
+            Event::WhoElse { blob, chunk, asker, answer } => {
+                // Whoever waited no longer does.
+                let _ = answer.send(self.holders(swarm, blob, chunk, asker));
+            }
         }
         false
+    }
+
+    /// Who has a chunk besides this node, for a machine that this node sends away.
+    fn holders(&self, swarm: &mut Swarm, blob: Digest, chunk: u32, asker: Option<SocketAddr>) -> Vec<Member> {
+        let Some(key) = self.by_blob.get(&blob) else { return Vec::new() };
+        let asker = asker.and_then(|asker| self.neighbours.get(&asker));
+        let (zone, except) = asker.map_or((self.zone, None), |asker| (asker.zone, Some(asker.id)));
+        let holders = swarm.holders(*key, chunk, zone, except, PEERS_MAX).into_iter();
+        let addresses = holders.filter_map(|id| self.addresses.get(&id));
+        addresses.filter_map(|address| Some(self.neighbours.get(address)?.member(*address))).collect()
     }
 
     /// Says where this node stands.
@@ -335,8 +359,8 @@ impl Membership {
         match message {
             from_seeder::Message::Welcome(_) => {}
             from_seeder::Message::Introduce(introduced) => {
-                if let (Some(key), Some((address, zone))) = (self.key(&introduced.blob), machine(introduced.peer)) {
-                    self.meet(now, swarm, inbox, key, address, zone);
+                if let (Some(key), Some(machine)) = (self.key(&introduced.blob), machine(introduced.peer)) {
+                    self.meet(now, swarm, inbox, key, &machine);
                 }
             }
             from_seeder::Message::Assign(assigned) => {
@@ -347,8 +371,8 @@ impl Membership {
                 swarm.on_alive(now, from_seeder);
                 let from = match assigned.from {
                     None => Some(from_seeder),
-                    Some(peer) => machine(Some(peer)).and_then(|(address, zone)| {
-                        let id = self.meet(now, swarm, inbox, key, address, zone)?;
+                    Some(peer) => machine(Some(peer)).and_then(|machine| {
+                        let id = self.meet(now, swarm, inbox, key, &machine)?;
                         swarm.on_haves(now, key, id, std::slice::from_ref(&run), &[]);
                         Some(id)
                     }),
@@ -435,19 +459,19 @@ impl Membership {
         swarm: &mut Swarm,
         inbox: &Inbox,
         key: LayerKey,
-        address: SocketAddr,
-        zone: Zone,
+        machine: &Member,
     ) -> Option<SourceId> {
-        let id = self.acquaint(inbox, address, zone)?;
-        let neighbour = self.neighbours.get_mut(&address)?;
+        let id = self.acquaint(inbox, machine)?;
+        let neighbour = self.neighbours.get_mut(&machine.address)?;
         swarm.add_peer(now, key, id, neighbour.peer, neighbour.zone);
         if neighbour.layers.insert(key) {
-            self.tell_all(swarm, key, address);
+            self.tell_all(swarm, key, machine.address);
         }
         Some(id)
     }
 
-    fn acquaint(&mut self, inbox: &Inbox, address: SocketAddr, zone: Zone) -> Option<SourceId> {
+    fn acquaint(&mut self, inbox: &Inbox, machine: &Member) -> Option<SourceId> {
+        let address = machine.address;
         if self.me == Some(address) || self.refused.contains(address) {
             return None;
         }
@@ -461,7 +485,8 @@ impl Membership {
         let neighbour = Neighbour {
             id,
             peer: PeerId::at(address),
-            zone,
+            zone: Zone::named(&machine.zone),
+            zone_name: machine.zone.clone(),
             client: self.lines.client(address)?,
             layers: BTreeSet::new(),
             outlet: None,
@@ -497,6 +522,11 @@ impl Membership {
 }
 
 impl Neighbour {
+    /// What others are told of the one at `address`.
+    fn member(&self, address: SocketAddr) -> Member {
+        Member { address, zone: self.zone_name.clone() }
+    }
+
     /// It may be asked.
     fn offer(&self, now: Duration, swarm: &mut Swarm) {
         for key in &self.layers {
@@ -552,9 +582,10 @@ fn delegate(told: &api::Delegate) -> Delegate {
     Delegate { peer: PeerId(told.id), zone: Zone(told.zone), beat: told.beat }
 }
 
-fn machine(peer: Option<api::Peer>) -> Option<(SocketAddr, Zone)> {
-    let peer = peer?;
-    Some((peer.address.parse().ok()?, Zone::named(&peer.zone)))
+fn machine(peer: Option<api::Peer>) -> Option<Member> {
+    let api::Peer { address, zone } = peer?;
+    let address = address.parse().ok()?;
+    is_zone(&zone).then_some(Member { address, zone })
 }
 
 #[cfg(test)]

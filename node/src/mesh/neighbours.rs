@@ -10,13 +10,12 @@ use parking_lot::Mutex;
 use proto::drover::mesh::v1 as api;
 use proto::drover::mesh::v1::neighbour_server::{Neighbour, NeighbourServer};
 use proto::drover::mesh::v1::to_neighbour;
-use swarm::Zone;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Refused;
-use super::member::is_zone;
+use super::member::{Member, is_zone};
 use super::membership::Event;
 use crate::serve::listener::Remote;
 
@@ -84,7 +83,8 @@ impl Neighbour for Calls {
         line.check()?;
         let is_own = remote == Some(address.ip().to_canonical());
         let (taken, is_taken) = oneshot::channel();
-        let up = Event::CallerUp { address, zone: Zone::named(&hello.zone), call: line.call, is_own, taken };
+        let caller = Member { address, zone: hello.zone };
+        let up = Event::CallerUp { caller, call: line.call, is_own, taken };
         self.events.send(up).await.map_err(|_| Status::unavailable("this node stops"))?;
         // A seeder tells both of each other, one a little later. Who calls again then tells all that it has.
         if !is_taken.await.unwrap_or(false) {

@@ -35,8 +35,8 @@ const BATCH_LEN: usize = 512 << 10;
 /// How long somebody is waited for who was just told to follow, too.
 const OPENING: Duration = Duration::from_secs(2);
 
-/// Who else has a chunk of the layer with that blob, or is about to; nearest first.
-pub type Holders = Box<dyn Fn(Digest, u32) -> Vec<Member> + Send + Sync>;
+/// Who has a chunk of the layer with that blob besides this node, for whom it sends away; nearest first, and soon.
+pub type Holders = Box<dyn Fn(Digest, u32, Asker) -> BoxFuture<'static, Vec<Member>> + Send + Sync>;
 
 /// The layers of a node, for others.
 pub struct Sharing {
@@ -70,7 +70,8 @@ impl Sharing {
         layer.ok_or(ServeError::Unknown)
     }
 
-    fn admit(&self, blob: Digest, first: u32, asker: &Asker) -> Result<Slot, ServeError> {
+    /// Who is turned down here learns of nobody else.
+    fn admit(&self, asker: &Asker) -> Result<Slot, ServeError> {
         if asker.peer.is_some_and(|peer| self.gate.refused.contains(peer)) {
             return Err(ServeError::Refused("this member sent wrong chunks and gets nothing"));
         }
@@ -81,13 +82,16 @@ impl Sharing {
         match admission {
             Admission::Serve => Ok(Slot { gate: Arc::clone(&self.gate), peer }),
             Admission::Refused => Err(ServeError::Refused("this node takes only")),
-            Admission::Busy { retry_after } => {
-                let mut peers = (self.holders)(blob, first);
-                peers.retain(|member| Some(member.address) != asker.peer);
-                peers.truncate(PEERS_MAX);
-                Err(ServeError::Busy(Turned { retry_after, peers }))
-            }
+            Admission::Busy { retry_after } => Err(ServeError::Busy(Turned { retry_after, peers: Vec::new() })),
         }
+    }
+
+    /// Who else has a chunk, for somebody who may have it and is sent away.
+    async fn others(&self, blob: Digest, chunk: u32, asker: Asker) -> Vec<Member> {
+        let mut peers = (self.holders)(blob, chunk, asker).await;
+        peers.retain(|member| Some(member.address) != asker.peer);
+        peers.truncate(PEERS_MAX);
+        peers
     }
 }
 
@@ -118,7 +122,13 @@ impl LayerServer for Sharing {
             if !layer.has_run(&run) {
                 return Err(ServeError::Absent);
             }
-            let slot = self.admit(blob, run.start, &asker)?;
+            let slot = match self.admit(&asker) {
+                Err(ServeError::Busy(Turned { retry_after, .. })) => {
+                    let peers = self.others(blob, run.start, asker).await;
+                    return Err(ServeError::Busy(Turned { retry_after, peers }));
+                }
+                admitted => admitted?,
+            };
             layer.store().note_shared();
             Ok(Frames { len: None, chunk_log2: None, stream: given(layer, run, slot) })
         })
@@ -135,7 +145,7 @@ impl LayerServer for Sharing {
                 Ok(Ok(state)) => state.chunk_log2().ok_or(ServeError::Absent)?,
                 Ok(Err(_)) | Err(_) => return Err(ServeError::NotYet),
             };
-            let slot = self.admit(blob, first, &asker)?;
+            let slot = self.admit(&asker)?;
             let stream = passed_on(Arc::clone(&self.node), state, first, slot);
             Ok(Frames { len: None, chunk_log2: Some(chunk_log2), stream })
         })

@@ -17,7 +17,7 @@ use swarm::UploadConfig;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::peer::{PeerClient, PeerSource};
-use super::{OwnAddress, Refused, Sharing};
+use super::{Holders, OwnAddress, Refused, Sharing};
 use crate::bulk::Options;
 use crate::layer::Layer;
 use crate::node::{Node, NodeConfig};
@@ -34,13 +34,17 @@ struct Member {
     _stop: DropGuard,
 }
 
+/// Of those who have a chunk nobody is known.
+pub(super) fn nobody() -> Holders {
+    Box::new(|_, _, _| Box::pin(async { Vec::new() }))
+}
+
 impl Member {
     async fn new(subject: &Subject) -> Self {
         let config = NodeConfig { share: true, fill: false, ..NodeConfig::new("/store") };
         let node = Node::open_on(Arc::new(MemoryDisk::default()), config, "a").unwrap();
         let layer = node.insert(&subject.parts()).unwrap();
-        let sharing =
-            Sharing::new(node.clone(), UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
+        let sharing = Sharing::new(node.clone(), UploadConfig::default(), Refused::default(), nobody());
         let listener = Listener::bind("127.0.0.1:0", &Security::Off, Limits::default()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();

@@ -15,7 +15,7 @@ pub mod status;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use layer::Digest;
 use parking_lot::Mutex;
@@ -27,6 +27,10 @@ use self::book::Book;
 pub use self::gate::Gate;
 pub use self::lines::route;
 use crate::ingest::Ingester;
+use crate::security::clock::since_boot;
+
+/// How often this machine's clock is looked at.
+const CLOCK_PAUSE: Duration = Duration::from_secs(10);
 
 /// Introduces the nodes that have lines here. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -77,6 +81,7 @@ impl Tracker {
     }
 
     async fn look_after(self, stop: CancellationToken) {
+        let mut clock = tokio::time::interval(CLOCK_PAUSE);
         loop {
             let next = self.shared.book.lock().poll_timeout();
             let due = async {
@@ -88,6 +93,7 @@ impl Tracker {
             tokio::select! {
                 () = stop.cancelled() => return self.with(Book::close),
                 () = due => self.with(Book::handle_timeout),
+                _ = clock.tick() => self.with(|book, now| book.note_clock(now, SystemTime::now(), since_boot())),
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The clock that validities are compared with.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::time_provider::TimeProvider;
 use rustls_pki_types::UnixTime;
@@ -9,7 +9,15 @@ use rustls_pki_types::UnixTime;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Clock {
     /// By how many seconds it is wrong.
+    #[cfg(test)]
     ahead: i64,
+}
+
+/// How long the machine has been on, also while it slept. Nobody sets this clock; an [`Instant`](std::time::Instant) stands still
+/// while the machine sleeps.
+pub(crate) fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(time.tv_sec.try_into().unwrap_or_default(), time.tv_nsec.try_into().unwrap_or_default())
 }
 
 impl Clock {
@@ -29,10 +37,11 @@ impl Clock {
         UnixTime::since_unix_epoch(self.since_1970())
     }
 
-    fn since_1970(self) -> std::time::Duration {
+    fn since_1970(self) -> Duration {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let seconds = now.as_secs().saturating_add_signed(self.ahead);
-        std::time::Duration::new(seconds, now.subsec_nanos())
+        #[cfg(test)]
+        let now = Duration::new(now.as_secs().saturating_add_signed(self.ahead), now.subsec_nanos());
+        now
     }
 }
 

@@ -74,7 +74,10 @@ impl Scene {
             events,
         };
         let membership = Membership::new(Zone::named(""), false, lines, Refused::default(), Watch::default());
-        Self { membership, swarm, inbox: Inbox::default(), layer, _node: node }
+        // Its first number is that of the seeders, as the node has it.
+        let inbox = Inbox::default();
+        inbox.source_id(SourceKind::Seeder, "seeder".to_owned());
+        Self { membership, swarm, inbox, layer, _node: node }
     }
 
     fn blob(&self) -> Digest {
@@ -117,7 +120,8 @@ impl Scene {
     /// A machine calls; gives whether it is heard.
     fn called(&mut self, address: SocketAddr, call: u64, is_own: bool) -> bool {
         let (taken, mut is_taken) = oneshot::channel();
-        self.event(Event::CallerUp { address, zone: Zone::named(""), call, is_own, taken });
+        let caller = Member { address, zone: String::new() };
+        self.event(Event::CallerUp { caller, call, is_own, taken });
         is_taken.try_recv().unwrap_or(false)
     }
 
@@ -292,4 +296,78 @@ async fn who_calls_from_another_host_is_heard_once_it_is_introduced() {
     scene.introduce(OTHER);
     assert!(scene.called(address, 2, false));
     assert_eq!(scene.membership.neighbours[&address].call, Some(2));
+}
+
+/// Machines with an address each in 10.0.0.0/24, called by their last number.
+fn machine(number: u32) -> SocketAddr {
+    format!("10.0.0.{number}:7071").parse().unwrap()
+}
+
+impl Scene {
+    /// A machine in a zone calls and tells that it has chunk 0.
+    fn holder(&mut self, number: u32, zone: &str) {
+        let (address, (taken, _is_taken)) = (machine(number), oneshot::channel());
+        let caller = Member { address, zone: zone.to_owned() };
+        self.event(Event::CallerUp { caller, call: 1, is_own: true, taken });
+        let haves = api::Haves { blob: self.blob().as_bytes().to_vec(), runs: vec![0, 1], fills: None };
+        self.event(Event::Haves { address, haves: api::LayerHaves { haves: Some(haves), ..Default::default() } });
+    }
+
+    fn who_else(&mut self, chunk: u32, asker: Option<SocketAddr>) -> Vec<String> {
+        let (answer, mut answered) = oneshot::channel();
+        let blob = self.blob();
+        self.event(Event::WhoElse { blob, chunk, asker, answer });
+        answered.try_recv().unwrap().iter().map(Member::to_string).collect()
+    }
+}
+
+#[tokio::test]
+async fn who_is_sent_away_hears_who_else_has_it() {
+    let mut scene = Scene::new();
+    let _at_a = scene.seeder_up("a");
+    assert_eq!(scene.who_else(0, None), [""; 0]);
+    for (number, zone) in [(1, "far"), (2, "near"), (3, "near")] {
+        scene.holder(number, zone);
+    }
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    assert_eq!(sorted(scene.who_else(0, None)), ["10.0.0.1:7071;far", "10.0.0.2:7071;near", "10.0.0.3:7071;near"]);
+    assert_eq!(scene.who_else(1, None), [""; 0], "nobody has that");
+    // Those of the asker's zone first, and not itself.
+    assert_eq!(scene.who_else(0, Some(machine(2))), ["10.0.0.3:7071;near", "10.0.0.1:7071;far"]);
+    // Whoever cannot be reached, or lied, is named no more.
+    scene.event(Event::CallerDown { address: machine(3), call: 1 });
+    scene.seeder_says("a", from_seeder::Message::Expel(machine(2).to_string()));
+    assert_eq!(scene.who_else(0, None), ["10.0.0.1:7071;far"]);
+    (4..12).for_each(|number| scene.holder(number, ""));
+    let mut named = BTreeSet::new();
+    for _ in 0..100 {
+        let some = scene.who_else(0, None);
+        assert_eq!(some.len(), PEERS_MAX);
+        named.extend(some);
+    }
+    assert_eq!(named.len(), 8, "the load is spread: {named:?}");
+}
+
+#[tokio::test]
+async fn who_is_named_is_asked_and_neighbours_name_only_some() {
+    let mut scene = Scene::new();
+    let _at_a = scene.seeder_up("a");
+    scene.introduce(OTHER);
+    let (key, by) = (scene.layer.key(), scene.membership.neighbours[&OTHER.parse().unwrap()].id);
+    let named = |scene: &mut Scene, numbers: Range<u32>, by| {
+        let members = numbers.map(|number| Member { address: machine(number), zone: String::new() }).collect();
+        let named = Named { layer: key, chunk: 0, members };
+        scene.membership.on_named(NOW, &mut scene.swarm, &scene.inbox, &named, by);
+    };
+    named(&mut scene, 1..2, Some(by));
+    let id = scene.membership.neighbours[&machine(1)].id;
+    assert_eq!(scene.swarm.holders(key, 0, Zone::named(""), None, 9), [id]);
+    named(&mut scene, 1..100, Some(by));
+    assert_eq!(scene.neighbours().len(), NAMED_MAX);
+    // A seeder knows whom it introduces.
+    named(&mut scene, 1..100, None);
+    assert_eq!(scene.neighbours().len(), 100);
 }

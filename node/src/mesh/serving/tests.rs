@@ -11,6 +11,7 @@ use crate::bulk::Options;
 use crate::config::{CacheConfig, DiskShare};
 use crate::mesh::member::OwnAddress;
 use crate::mesh::peer::{PeerClient, PeerSource};
+use crate::mesh::tests::nobody;
 use crate::node::NodeConfig;
 use crate::security::tests::TestCluster;
 use crate::security::{Role, Security};
@@ -48,7 +49,10 @@ impl Scene {
         let node = open(folder.path(), "a");
         let layer = node.insert(&subject.parts()).unwrap();
         let asked = "10.0.0.1:7071".parse().unwrap();
-        let holders: Holders = Box::new(move |_, _| vec![Member { address: asked, zone: String::new() }, other()]);
+        let holders: Holders = Box::new(move |_, _, _| {
+            let members = vec![Member { address: asked, zone: String::new() }, other()];
+            Box::pin(async move { members })
+        });
         let refused = Refused::default();
         let sharing = Arc::new(Sharing::new(node.clone(), uploads, refused.clone(), holders));
         let limits = Limits { stall_timeout: Duration::from_secs(20), ..Limits::default() };
@@ -121,6 +125,26 @@ async fn a_node_gives_what_it_has_with_and_without_tls() {
         scene.node.remove(scene.layer.diff_id()).unwrap();
         let error = scene.fetch(&source, 0..1).await.unwrap_err();
         assert!(matches!(error, SourceError::Missing { .. }), "{error}");
+    }
+}
+
+/// A request as machines of version 1 send it, and of one that says more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_of_version_1_is_answered_as_ever() {
+    let scene = Scene::new(&Security::Off, UploadConfig::default()).await;
+    scene.have(0..2);
+    // No frame was kept, so each chunk is plain: its length with the highest bit set, and its bytes.
+    let plain = [scene.subject.chunk(0), scene.subject.chunk(1)];
+    let frames = plain.map(|plain| [&(plain.len() as u32 | 1 << 31).to_le_bytes(), plain].concat()).concat();
+    for more in [None, Some("drover-later")] {
+        let url = format!("http://{}/v1/layers/{}/chunks/0-2", scene.address, scene.blob());
+        let request = reqwest::Client::new().get(url).header("drover-peer", "10.0.0.1:7071");
+        let request = request.header("drover-priority", "demand");
+        let request = more.into_iter().fold(request, |request, name| request.header(name, "1"));
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["content-type"], "application/octet-stream");
+        assert!(answer.bytes().await.unwrap() == frames);
     }
 }
 
@@ -222,7 +246,7 @@ async fn what_rotted_on_the_disk_is_not_given() {
 
     let node = open(folder.path(), "b");
     let layer = node.layers().pop().unwrap();
-    let sharing = Sharing::new(node, UploadConfig::default(), Refused::default(), Box::new(|_, _| Vec::new()));
+    let sharing = Sharing::new(node, UploadConfig::default(), Refused::default(), nobody());
     let give = async |run| {
         let body = sharing.chunks(layer.header().blob(), run, Asker::UNKNOWN).await.map_err(io::Error::other)?;
         body.stream.try_collect::<Vec<_>>().await

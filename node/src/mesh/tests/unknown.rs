@@ -36,8 +36,8 @@ async fn an_unknown_layer_passes_through_all_nodes_while_it_is_ingested() {
     for layer in &layers {
         read_all(layer, &sample).await;
     }
-    let requests = cluster.registry.requests();
-    assert_eq!((requests.bodies, requests.bytes), (1, blob.size));
+    // On more than one connection where that is slow.
+    assert_eq!(cluster.registry.requests().bytes, blob.size);
     until("all join", || seeder.members() == [(blob.digest, NODES)]).await;
     for node in nodes {
         node.node.shutdown().await;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use layer::{Digest, Geometry};
 use proto::drover::mesh::v1::{Assign, FromSeeder, Introduce, Peer, Pong, Welcome, from_seeder};
@@ -58,6 +58,10 @@ pub(super) struct Entered {
     pub(super) cut: oneshot::Receiver<Status>,
 }
 
+/// How far this machine's clock may come to be from what nodes were told. Grants bear three times as much
+/// ([`CLOCK_SKEW`](crate::grant::CLOCK_SKEW)).
+const CLOCK_STEP: Duration = Duration::from_secs(10);
+
 /// The answer to a request for chunks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
@@ -80,6 +84,8 @@ pub(super) struct Book {
     expelled: BTreeMap<PeerId, SocketAddr>,
     /// Nodes are to demand grants.
     pub(super) grants: bool,
+    /// What the clock that nodes were told of showed when this machine was started, by what it shows since.
+    boot: Option<SystemTime>,
     next_key: u64,
     next_line: u64,
     draws: usize,
@@ -114,6 +120,7 @@ impl Book {
             layers: BTreeMap::new(),
             expelled: BTreeMap::new(),
             grants: false,
+            boot: None,
             next_key: 0,
             next_line: 0,
             draws: 0,
@@ -139,7 +146,7 @@ impl Book {
         let (cut, is_cut) = oneshot::channel();
         self.next_line += 1;
         let line = LineId { peer, number: self.next_line };
-        let time = crate::grant::seconds(std::time::SystemTime::now());
+        let time = crate::grant::seconds(SystemTime::now());
         let welcome = Welcome { address: address.to_string(), grants: self.grants, time };
         let others = self.expelled.values().map(|address| from_seeder::Message::Expel(address.to_string()));
         let first = [from_seeder::Message::Welcome(welcome)].into_iter().chain(others);
@@ -343,8 +350,29 @@ impl Book {
 
     /// Ends all lines.
     pub(super) fn close(&mut self, now: Duration) {
+        self.end_all(now, &Status::unavailable("this seeder stops"));
+    }
+
+    /// This machine's clock shows `shown`, so long `since_boot`. Nodes judge grants by what it showed when they called: where it was set
+    /// since, their lines end, so that they call again.
+    pub(super) fn note_clock(&mut self, now: Duration, shown: SystemTime, since_boot: Duration) {
+        let Some(boot) = shown.checked_sub(since_boot) else { return };
+        let told = *self.boot.get_or_insert(boot);
+        let step = boot.duration_since(told).unwrap_or_else(|error| error.duration());
+        if step >= CLOCK_STEP {
+            self.boot = Some(boot);
+            tracing::warn!(
+                seconds = step.as_secs(),
+                lines = self.lines.len(),
+                "this machine's clock was set: nodes are to ask for it again"
+            );
+            self.end_all(now, &Status::unavailable("this seeder's clock was set"));
+        }
+    }
+
+    fn end_all(&mut self, now: Duration, why: &Status) {
         for peer in self.lines.keys().copied().collect::<Vec<_>>() {
-            self.end_line(now, peer, Status::unavailable("this seeder stops"));
+            self.end_line(now, peer, why.clone());
         }
         self.settle(now);
     }

@@ -20,7 +20,7 @@ use super::*;
 use crate::config::SeederAddresses;
 use crate::ingest::tests::{Sample, finished, ingester};
 use crate::ingest::{Phase, control};
-use crate::mesh::Asker;
+use crate::mesh::{Asker, Member};
 use crate::registry::fake::FakeRegistry;
 use crate::security::Security;
 use crate::seeder;
@@ -164,6 +164,30 @@ impl Line {
 
 fn haves(blob: Digest, runs: &[u32]) -> Haves {
     Haves { blob: blob.as_bytes().to_vec(), runs: runs.to_vec(), fills: None }
+}
+
+/// Small corrections are no step, wherever they add up to one.
+#[test]
+fn lines_end_when_the_clock_is_set() {
+    let (mut book, now, by) = (Book::new(1), Duration::ZERO, Duration::from_secs);
+    let start = SystemTime::UNIX_EPOCH + by(1_000_000_000);
+    let enter = |book: &mut Book| {
+        let address = SocketAddr::from(([10, 0, 0, 1], 7000));
+        let member = Member { address, zone: String::new() };
+        book.enter(now, book::Hello { member, from: address.ip(), leech: false }).unwrap()
+    };
+    book.note_clock(now, start, by(5));
+    let mut entered = enter(&mut book);
+    for (shown, since_boot) in [(start + by(95), by(100)), (start + by(1001), by(1000)), (start + by(1989), by(2000))] {
+        book.note_clock(now, shown, since_boot);
+        assert!(book.lines() == 1 && entered.cut.try_recv().is_err());
+    }
+    book.note_clock(now, start - by(600), by(3000));
+    assert_eq!(book.lines(), 0);
+    assert_eq!(entered.cut.try_recv().unwrap().code(), Code::Unavailable);
+    enter(&mut book);
+    book.note_clock(now, start - by(595), by(3001));
+    assert_eq!(book.lines(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
