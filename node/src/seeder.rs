@@ -6,6 +6,5 @@
 pub mod client;
 pub mod source;
 
-pub(crate) use client::share;
-pub use client::{Client, Event, Options, Resolution, SeederError};
+pub use client::{Client, Event, Options, Resolution, SeederError, share};
 pub use source::SeederSource;

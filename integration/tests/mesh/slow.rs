@@ -4,6 +4,8 @@ use anyhow::{Context, Result, ensure};
 use lab::crowd::{Case, Progress};
 use lab::network::Place;
 use lab::sandbox::run_test;
+use layer::Digest;
+use node::seeder::share;
 
 use crate::faults::{SLOW, still_reading, wait_until_one_gives};
 use crate::{NODES, Stage};
@@ -57,6 +59,37 @@ fn a_frozen_seeder_is_done_without() {
         stage.end_all(&next, stage.read_all(&next)?)?;
         let said = Progress::of(&next[0])?;
         ensure!(said.from("peers") + said.from("seeder") > 0, "nothing came from the mesh: {said:?}");
+        Ok(())
+    });
+}
+
+/// Two seeders have the image, and that stands still whose its large layer is.
+#[test]
+fn a_frozen_seeder_is_not_missed_where_another_has_all() {
+    run_test("slow::a_frozen_seeder_is_not_missed_where_another_has_all", |run| {
+        let mut stage = Stage::set(run)?;
+        stage.scene.start_second_seeder()?;
+        let crowd = stage.gather(Case::Known, NODES - 1)?;
+        stage.scene.network.set_speed(SLOW)?;
+        stage.pull(&crowd.nodes)?;
+        let mut readers = stage.read_all(&crowd.nodes)?;
+        wait_until_one_gives(&stage, &crowd.nodes)?;
+        let before = crowd.flows(&stage.scene)?;
+        let large: Digest = stage.image.layers.last().context("no layers")?.digest.parse()?;
+        let scene = &mut stage.scene;
+        let seeders = [scene.seeder.as_mut(), scene.second_seeder.as_mut()].into_iter().flatten();
+        let owner = seeders.max_by_key(|seeder| share(seeder.address(), large)).context("no seeder")?;
+        owner.daemon().freeze(true);
+        still_reading(&mut readers)?;
+        let stalled = stage.end_all(&crowd.nodes, readers)?;
+        let flows = crowd.flows(&stage.scene)?.since(&before);
+        let (registry, seeders) = (stage.copies(flows.registry()), stage.copies(flows.seeder));
+        println!("a node waited at most {stalled:?}; the registry gave {registry:.3} copies, the seeders {seeders:.3}");
+        ensure!(registry < 1.0, "the registry gave {registry:.3} copies of what a seeder has");
+        for seeder in [stage.scene.seeder.as_mut(), stage.scene.second_seeder.as_mut()].into_iter().flatten() {
+            // Whoever is frozen does not end by itself.
+            seeder.daemon_mut().kill();
+        }
         Ok(())
     });
 }

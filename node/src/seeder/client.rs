@@ -45,6 +45,8 @@ const REST: Duration = Duration::from_millis(500);
 const REST_MAX: Duration = Duration::from_secs(30);
 /// The same without a line to it: longer than it takes to try for one again.
 const LINE_REST: Duration = Duration::from_secs(15);
+/// What a seeder gives in less than this is no sign that it will give a chunk in time.
+const MOVED_MIN: usize = 16 << 10;
 /// Largest event of a resolve: a header, a signature and a few certificates.
 const EVENT_BYTES_MAX: usize = 256 << 10;
 
@@ -178,7 +180,7 @@ impl SeederError {
     }
 
     /// Whether another seeder may do better although this one answered.
-    const fn is_elsewhere(&self) -> bool {
+    pub(super) const fn is_elsewhere(&self) -> bool {
         !matches!(self, Self::Wrong { .. } | Self::Ingest { .. } | Self::Busy { .. })
     }
 }
@@ -226,6 +228,14 @@ pub(super) struct Seat {
     channel: Channel,
     stall: Duration,
     rest: Mutex<Rest>,
+    moved: Mutex<Moved>,
+}
+
+/// What a seeder last gave of chunks.
+struct Moved {
+    at: tokio::time::Instant,
+    /// Bytes since then.
+    bytes: usize,
 }
 
 #[derive(Default)]
@@ -412,7 +422,7 @@ impl Client {
     }
 
     /// All seeders, those that rest behind those that work, and the one whose share the blob is first of these.
-    async fn seats_of(&self, blob: Digest) -> Result<Vec<Arc<Seat>>, SeederError> {
+    pub(super) async fn seats_of(&self, blob: Digest) -> Result<Vec<Arc<Seat>>, SeederError> {
         let mut seats = self.seats().await?;
         seats.sort_by_key(|seat| (seat.resting(), Reverse(share(&seat.name, blob))));
         Ok(seats)
@@ -538,7 +548,7 @@ impl Client {
 /// How much of a claim a seeder has on a blob. All machines compute it alike, and the one with the largest has it: each blob then
 /// lies with one seeder, and with the next one when that is gone (rendezvous hashing: Thaler, Ravishankar: A name-based mapping
 /// scheme for rendezvous, 1996).
-pub(crate) fn share(seeder: &str, blob: Digest) -> u64 {
+pub fn share(seeder: &str, blob: Digest) -> u64 {
     let hash = blake3::Hasher::new().update(seeder.as_bytes()).update(blob.as_bytes()).finalize();
     hash.as_bytes().iter().take(8).fold(0, |share, byte| share << 8 | u64::from(*byte))
 }
@@ -626,7 +636,8 @@ impl Seat {
             .http2_keep_alive_interval(options.stall_timeout / 2)
             .keep_alive_timeout(options.stall_timeout / 2)
             .connect_with_connector_lazy(http2);
-        Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default() }
+        let moved = Moved { at: tokio::time::Instant::now(), bytes: 0 };
+        Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default(), moved: Mutex::new(moved) }
     }
 
     pub(super) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, SeederError> {
@@ -679,12 +690,39 @@ impl Seat {
         self.error(Fault::wrong(reason))
     }
 
+    /// It answered, whatever it said.
+    pub(super) fn note_answer(&self) {
+        *self.moved.lock() = Moved { at: tokio::time::Instant::now(), bytes: 0 };
+    }
+
+    /// It gave so many bytes of chunks.
+    pub(super) fn note_moved(&self, bytes: usize) {
+        let mut moved = self.moved.lock();
+        moved.bytes += bytes;
+        if moved.bytes >= MOVED_MIN {
+            *moved = Moved { at: tokio::time::Instant::now(), bytes: 0 };
+        }
+    }
+
+    /// When it last gave something worth mentioning, to whatever fetch.
+    pub(super) fn moved_at(&self) -> tokio::time::Instant {
+        self.moved.lock().at
+    }
+
+    /// It gave nothing to any fetch for `silence` while another seeder works: it rests. Fetches that see the same count once.
+    pub(super) fn judge_silent(&self, silence: Duration) {
+        if self.resting().is_none() {
+            tracing::debug!(seeder = self.name, ?silence, "it gives nothing: another seeder is asked");
+            self.judge(&self.error(Fault::Stalled(silence)));
+        }
+    }
+
     /// When the rest ends; `None` without one.
-    fn resting(&self) -> Option<Instant> {
+    pub(super) fn resting(&self) -> Option<Instant> {
         self.rest.lock().until.filter(|until| *until > Instant::now())
     }
 
-    fn praise(&self) {
+    pub(super) fn praise(&self) {
         *self.rest.lock() = Rest::default();
     }
 

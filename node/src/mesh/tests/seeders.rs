@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use futures_util::future::join_all;
-use layer::Digest;
+use layer::{ChunkIndex, Digest};
 
-use super::cluster::{Cluster, Seeder, read_all, until};
-use crate::ingest::tests::Sample;
+use super::cluster::{Cluster, MemberSetup, Seeder, read_all, until};
+use super::line::{Fault, Line};
+use crate::ingest::Phase;
+use crate::ingest::tests::{Sample, finished};
 use crate::seeder::share;
 use crate::source::BlobRef;
 
@@ -74,6 +76,43 @@ async fn seeders_share_layers_and_take_over_from_each_other() {
     }
     for node in nodes.into_iter().chain([late]) {
         node.node.shutdown().await;
+    }
+}
+
+/// The seeder whose the layer is gives nothing, or next to nothing, while it seems to live; the other one has the layer too. Nobody
+/// else is left to ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_seeder_is_done_without_where_another_has_the_layer() {
+    for (seed, fault) in [(80, Fault::Stalled), (81, Fault::Slow)] {
+        let cluster = Cluster::new().await;
+        let seeders = [cluster.seeder("one", 0).await, cluster.seeder("two", 0).await];
+        let sample = Sample::new(seed);
+        let blob = cluster.registry.put_blob(sample.blob.clone());
+        for seeder in &seeders {
+            let phase = finished(seeder.ingester.ask(&blob).await.unwrap()).await;
+            assert!(matches!(phase, Phase::Ready(_)), "{phase:?}");
+        }
+        let lines = [Line::to(seeders[0].address).await, Line::to(seeders[1].address).await];
+        let registry = Line::to(cluster.registry.address()).await;
+        let setup = MemberSetup { registry: Some(registry.address()), ..MemberSetup::default() };
+        let member = cluster.member_as("subject", &lines.each_ref().map(Line::address), setup);
+        let blob = BlobRef { registry: registry.address().to_string(), ..blob };
+        let layer = member.resolve(&blob).await;
+        until("both lines stand", || member.mesh.watch().standing().seeders.len() == 2).await;
+        registry.set(Fault::Refused);
+        let owner = lines.iter().max_by_key(|line| share(&line.address().to_string(), blob.digest)).unwrap();
+        owner.set(fault);
+        // From the end: nothing is read ahead.
+        for (count, chunk) in layer.geometry().chunks().rev().enumerate() {
+            let range = layer.geometry().range(ChunkIndex(chunk));
+            let bytes = layer.read(range.clone()).await.unwrap_or_else(|error| panic!("{fault:?}: {error}"));
+            assert!(bytes == sample.device[range.start as usize..range.end as usize], "{fault:?}: chunk {chunk}");
+            // Sooner than anybody takes it for dead.
+            let lines = member.mesh.watch().standing().seeders.len();
+            assert!(count > 0 || lines == 2, "{fault:?}: {lines} lines");
+        }
+        assert_eq!(layer.counters().reads_failed, 0);
+        member.node.shutdown().await;
     }
 }
 
