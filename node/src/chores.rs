@@ -1,4 +1,5 @@
-//! What the store does beside reads: syncing what came, comparing complete devices with their diffID, evicting.
+//! What the store does beside reads: syncing what came, comparing complete devices with their diffID and all chunks with their digests,
+//! evicting.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -15,6 +16,7 @@ use crate::evict::Evictor;
 use crate::layer::Layer;
 use crate::node::Incoming;
 use crate::reader::ReadError;
+use crate::scrub;
 use crate::store::{Proof, Room};
 
 /// How long what came is collected before it is synced: a crash forgets at most so much.
@@ -35,6 +37,9 @@ pub(crate) struct Chores {
     sync: Option<JoinHandle<()>>,
     prove: Option<JoinHandle<()>>,
     evict: Option<JoinHandle<()>>,
+    scrub: Option<JoinHandle<()>>,
+    /// Nothing is sent: its end ends the thread.
+    scrubbing: Option<mpsc::Sender<()>>,
     room: Arc<Room>,
     stop: CancellationToken,
 }
@@ -55,16 +60,31 @@ impl Chores {
             let inbox = inbox.clone();
             thread::Builder::new().name("prove".into()).spawn(move || prove_all(&to_prove, &inbox))?
         };
+        let (scrubbing, stop_scrubbing) = mpsc::channel();
+        let scrub = {
+            let layers = layers.clone();
+            thread::Builder::new().name("scrub".into()).spawn(move || scrub::run(&layers, &stop_scrubbing))?
+        };
         let sync =
             thread::Builder::new().name("sync".into()).spawn(move || sync_all(&layers, &arriving, &inbox, &proofs))?;
-        Ok(Self { sync: Some(sync), prove: Some(prove), evict: Some(evict), room, stop })
+        Ok(Self {
+            sync: Some(sync),
+            prove: Some(prove),
+            evict: Some(evict),
+            scrub: Some(scrub),
+            scrubbing: Some(scrubbing),
+            room,
+            stop,
+        })
     }
 
     /// Waits for the threads after [`Inbox::stop`].
     pub(crate) fn join(&mut self) {
         self.room.stop();
         self.stop.cancel();
-        for thread in [self.sync.take(), self.prove.take(), self.evict.take()].into_iter().flatten() {
+        self.scrubbing = None;
+        let threads = [self.sync.take(), self.prove.take(), self.evict.take(), self.scrub.take()];
+        for thread in threads.into_iter().flatten() {
             // The last owner of the node may be one of these threads.
             if thread.thread().id() != thread::current().id() {
                 let _ = thread.join();
@@ -84,7 +104,7 @@ fn sync_all(layers: &Layers, arriving: &Arriving, inbox: &Inbox, proofs: &mpsc::
                 }
                 Err(error) => {
                     if failed.insert(key) {
-                        tracing::warn!(layer = %layer.diff_id(), %error, "cannot make chunks durable: a crash forgets them");
+                        tracing::warn!(layer = %layer.diff_id(), %error, "cannot make durable what came and what was found: a crash forgets it");
                     }
                     layer.note_loss();
                     inbox.needs_flush(key);

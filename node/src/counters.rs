@@ -19,6 +19,7 @@ pub(crate) struct Counters {
     pub(crate) duplicate_chunks: Counter,
     pub(crate) unstored_chunks: Counter,
     pub(crate) rotten_chunks: Counter,
+    pub(crate) expired_chunks: Counter,
     pub(crate) evicted_bytes: Counter,
     pub(crate) hedges: Counter,
     given_chunks: Counter,
@@ -60,6 +61,8 @@ pub struct CounterValues {
     pub unstored_chunks: u64,
     /// Chunks that were lost or damaged on disk.
     pub rotten_chunks: u64,
+    /// Chunks that did not come before their deadline while reads waited for them.
+    pub expired_chunks: u64,
     /// Bytes that were evicted.
     pub evicted_bytes: u64,
     /// Fetches that asked a second source.
@@ -161,6 +164,7 @@ impl Counters {
             duplicate_chunks: self.duplicate_chunks.get(),
             unstored_chunks: self.unstored_chunks.get(),
             rotten_chunks: self.rotten_chunks.get(),
+            expired_chunks: self.expired_chunks.get(),
             evicted_bytes: self.evicted_bytes.get(),
             hedges: self.hedges.get(),
             given_chunks: self.given_chunks.get(),

@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use crate::counters::{CounterValues, Counters};
 use crate::driver::Inbox;
 use crate::reader::{Ahead, Enter, OnDone, ReadError, Streams, Waiting, Waits, around};
+use crate::scrub::Scrubbed;
 use crate::source::Source;
 use crate::store::{Added, Change, Held, LayerStore, StoreError, Unstored};
 
@@ -62,7 +63,15 @@ pub struct Layer {
     counters: Counters,
     inbox: Arc<Inbox>,
     logged_unstored: Mutex<Option<Instant>>,
-    logged_failure: Mutex<Option<Instant>>,
+    /// Chunks that did not arrive in time since that was said; `None`: it was not said lately.
+    unsaid: Mutex<Option<Unsaid>>,
+}
+
+/// What happened since something like it was said.
+#[derive(Debug, Default)]
+struct Unsaid {
+    chunks: u64,
+    reads: usize,
 }
 
 /// The sources of a layer. The version grows when a source is replaced, so that the driver notices.
@@ -116,7 +125,7 @@ impl Layer {
             counters: Counters::of_layer(node),
             inbox,
             logged_unstored: Mutex::default(),
-            logged_failure: Mutex::default(),
+            unsaid: Mutex::default(),
         })
     }
 
@@ -472,9 +481,39 @@ impl Layer {
         self.judge();
     }
 
+    /// Compares the chunks of `run` that are on the disk with their digests. What is damaged is fetched again, as is what lacks in a
+    /// device that somebody reads from the disk. Blocks for the disk.
+    pub(crate) fn scrub(&self, run: Range<u32>) -> Scrubbed {
+        let mut scrubbed = Scrubbed::default();
+        if self.store.is_quarantined() {
+            return scrubbed;
+        }
+        let mut missing = Vec::new();
+        for chunk in run {
+            match self.store.scrub(chunk) {
+                Some(true) => scrubbed.bytes += self.geometry().chunk_len(ChunkIndex(chunk)) as u64,
+                Some(false) => {
+                    scrubbed.rotten += 1;
+                    missing.push(chunk);
+                }
+                None if self.store.is_pinned() => missing.push(chunk),
+                None => {}
+            }
+        }
+        if scrubbed.rotten > 0 {
+            self.note_loss();
+        }
+        if !missing.is_empty() {
+            // What is too much for now is missing in the next pass, too.
+            let _ = missing.into_iter().all(|chunk| self.note_ahead(chunk..chunk + 1));
+            self.inbox.touch(self.key());
+        }
+        scrubbed
+    }
+
     /// Says once when the layer's quarantine begins and ends.
     fn judge(&self) {
-        let Some((change, written)) = self.store.judge() else { return };
+        let Some(change) = self.store.judge() else { return };
         let layer = self.diff_id();
         match change {
             Change::Began(cause) => {
@@ -482,24 +521,44 @@ impl Layer {
             }
             Change::Ended => {
                 tracing::info!(%layer, "the layer is quarantined no more");
-                // Nothing was proven meanwhile.
-                self.inbox.needs_flush(self.key());
             }
         }
-        if let Err(error) = written {
-            tracing::warn!(%layer, %error, "the next start will not know whether the layer is quarantined");
-        }
+        // That makes it durable, and proves what was not proven meanwhile.
+        self.inbox.needs_flush(self.key());
     }
 
-    /// Fails everyone who waits for `chunk`.
+    /// Fails everyone who waits for `chunk`. On the node's runtime.
     pub(crate) fn fail_chunk(self: &Arc<Self>, chunk: u32, reasons: Arc<[String]>) {
         let (failed, ready) = self.waits.failed(chunk, |chunk| self.store.is_here(chunk));
-        if !failed.is_empty() && is_time(&self.logged_failure) {
-            let reasons = reasons.join("; ");
-            tracing::warn!(layer = %self.diff_id(), chunk, reads = failed.len(), reasons, "a chunk did not arrive in time: its reads fail");
+        if !failed.is_empty() {
+            self.counters.add(|counters| &counters.expired_chunks, 1);
+            self.say_failed(chunk, failed.len(), &reasons);
         }
         self.fail(failed, ReadError::Deadline { chunk, reasons });
         self.answer(ready);
+    }
+
+    /// Says that a chunk did not arrive, and of those that follow soon only how many.
+    fn say_failed(self: &Arc<Self>, chunk: u32, reads: usize, reasons: &[String]) {
+        let mut unsaid = self.unsaid.lock();
+        if let Some(unsaid) = &mut *unsaid {
+            unsaid.chunks += 1;
+            unsaid.reads += reads;
+            return;
+        }
+        *unsaid = Some(Unsaid::default());
+        drop(unsaid);
+        let reasons = reasons.join("; ");
+        tracing::warn!(layer = %self.diff_id(), chunk, reads, reasons, "a chunk did not arrive in time: its reads fail");
+        let layer = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(LOG_PAUSE).await;
+            let Some(layer) = layer.upgrade() else { return };
+            let Some(Unsaid { chunks, reads }) = layer.unsaid.lock().take().filter(|unsaid| unsaid.chunks > 0) else {
+                return;
+            };
+            tracing::warn!(layer = %layer.diff_id(), chunks, reads, "more chunks of this layer did not arrive in time: their reads fail");
+        });
     }
 
     /// Fails everyone who waits or ever will.
@@ -579,7 +638,8 @@ impl Layer {
                 return WaitHandle { wait: None };
             }
             // Chunks that are not stored may be gone any number of times; the chunk's deadline ends that.
-            if read.attempts >= ATTEMPTS_MAX && !self.store.room().is_refusing() {
+            let is_short = self.store.room().is_refusing() || self.store.has_unstored();
+            if read.attempts >= ATTEMPTS_MAX && !is_short {
                 self.fail(vec![read], ReadError::Io);
                 return WaitHandle { wait: None };
             }

@@ -20,6 +20,7 @@ pub mod reader;
 pub mod registry;
 mod relay;
 pub mod resolve;
+mod scrub;
 pub mod security;
 pub mod seeder;
 pub mod serve;
@@ -30,4 +31,5 @@ pub mod store;
 mod sys;
 
 pub use node::{DiskUse, Incoming, Node, NodeConfig};
+pub use scrub::Scrubbed;
 pub use sys::{bound_malloc, trim_malloc};

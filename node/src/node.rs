@@ -24,6 +24,7 @@ use crate::layer::{Layer, ReadOptions};
 use crate::mesh::membership::Event;
 use crate::reader::ReadError;
 use crate::relay::Relay;
+use crate::scrub::{self, Scrubbed};
 use crate::source::SourceKind;
 use crate::store::{Backend, BrokenLayer, Disk, IncomingStore, LayerParts, Prepared, Store, StoreError};
 
@@ -268,6 +269,12 @@ impl Node {
         DiskUse { taken: room.taken().saturating_sub(spare), limit: room.limit(), free: room.free() + spare }
     }
 
+    /// Compares all that is on the disk with its digests without delay, as is done slowly once a day. What is damaged is fetched again.
+    /// Ends early when `go_on`, which is asked every few megabytes, says so. Blocks for the disk.
+    pub fn scrub(&self, go_on: &mut dyn FnMut() -> bool) -> Scrubbed {
+        scrub::pass(&self.layers, go_on)
+    }
+
     /// Stops or continues the background.
     pub fn set_fill_paused(&self, paused: bool) {
         self.fill_paused.store(paused, Ordering::Release);
@@ -384,10 +391,13 @@ impl Node {
 
     /// Remembers a wrong index whose layer is about to go.
     fn refuse_index(&self, layer: &Layer) -> Result<(), StoreError> {
-        match layer.store().quarantined() {
-            Some(reason) => self.store.refuse(&layer.header().digest(), &reason),
-            None => Ok(()),
+        let Some(reason) = layer.store().quarantined() else { return Ok(()) };
+        let index = layer.header().digest();
+        if !self.store.refuse(&index, &reason)? {
+            let directory = self.root().join("refused");
+            tracing::warn!(%index, directory = %directory.display(), "too many indexes were wrong: this one is not remembered; look after who signs them, then empty that directory");
         }
+        Ok(())
     }
 
     /// The layer, unless its index is wrong.
@@ -415,6 +425,7 @@ impl Node {
             // Another index may be right. Mounts of the old one keep failing.
             self.refuse_index(&quarantined)?;
             self.layers.lock().remove(&quarantined.key());
+            quarantined.store().leave();
             quarantined.close(ReadError::Removed);
         }
         let store = self.store.place(prepared)?;

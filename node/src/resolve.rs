@@ -7,7 +7,7 @@ use std::time::Duration;
 use layer::Digest;
 use layer::index::{Header, IndexError, Section, Spans, check_section, statement};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedMutexGuard, Semaphore, SemaphorePermit, watch};
 
 use crate::config::{RegistriesConfig, SeederAddresses};
 use crate::following::Following;
@@ -97,6 +97,16 @@ pub struct Resolver {
     blobs: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
 }
 
+/// A layer's index that came and is signed. The layer's other resolves wait until this is inserted or dropped.
+pub struct Fetched<'a> {
+    resolver: &'a Resolver,
+    blob: BlobRef,
+    parts: LayerParts,
+    following: Option<Following>,
+    _one: OwnedMutexGuard<()>,
+    _running: Option<SemaphorePermit<'a>>,
+}
+
 /// Time limits of a [`Resolver`] and of the sources that it adds.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -104,6 +114,12 @@ pub struct Options {
     pub seeder: seeder::Options,
     /// Towards registries.
     pub registry: registry::Options,
+}
+
+impl std::fmt::Debug for Fetched<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fetched").field("parts", &self.parts).finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Resolver {
@@ -146,13 +162,33 @@ impl Resolver {
     /// else when the seeder has ingested it; chunks flow to this node meanwhile. Fails within the seeder's stall limit
     /// once nothing moves. One resolve of a blob runs at a time; others wait for it.
     pub async fn resolve(&self, blob: &BlobRef, progress: watch::Sender<Progress>) -> Result<Arc<Layer>, ResolveError> {
-        let gate = self.gate(blob.digest);
-        let _one = gate.lock().await;
+        let one = self.gate(blob.digest).lock_owned().await;
         if let Some(layer) = self.local(blob.digest)? {
             self.add_sources(&layer, blob);
             return Ok(layer);
         }
-        let _running = self.running.acquire().await;
+        self.fetch(blob, progress, one).await?.insert().await
+    }
+
+    /// Gets an index of `blob` whether or not there is a layer of it: another one, where that one's was found to be wrong
+    /// ([`Layer::has_wrong_index`]), which [`Resolver::resolve`] leaves as it is. What was made of the wrong one can go before
+    /// [`Fetched::insert`] puts the right one in its place.
+    pub async fn fetch_anew(
+        &self,
+        blob: &BlobRef,
+        progress: watch::Sender<Progress>,
+    ) -> Result<Fetched<'_>, ResolveError> {
+        let one = self.gate(blob.digest).lock_owned().await;
+        self.fetch(blob, progress, one).await
+    }
+
+    async fn fetch(
+        &self,
+        blob: &BlobRef,
+        progress: watch::Sender<Progress>,
+        one: OwnedMutexGuard<()>,
+    ) -> Result<Fetched<'_>, ResolveError> {
+        let running = self.running.acquire().await.ok();
         self.seeders.grants().note(blob);
         let mut resolution = self.seeders.resolve(blob).await?;
         let mut following: Option<Following> = None;
@@ -179,22 +215,14 @@ impl Resolver {
         self.verifier
             .verify(&statement(&header), &signed)
             .map_err(|source| ResolveError::Untrusted { seeder: seeder(), source })?;
-        self.node.check_refused(&header)?;
+        let (node, checked) = (Arc::clone(&self.node), header.clone());
+        blocking(move || node.check_refused(&checked)).await?;
         let (entries, chunk_digests) = tokio::try_join!(
             self.section(&resolution, &header, Section::Entries, &progress),
             self.section(&resolution, &header, Section::ChunkDigests, &progress),
         )?;
         let parts = LayerParts { header: *header, signature: signed.encode(), entries, chunk_digests, spans: None };
-        let incoming = match &mut following {
-            Some(following) => following.finish().await,
-            None => None,
-        };
-        let layer = self.insert(parts, incoming).await?;
-        if let Some(following) = following {
-            following.became(&layer);
-        }
-        self.add_sources(&layer, blob);
-        Ok(layer)
+        Ok(Fetched { resolver: self, blob: blob.clone(), parts, following, _one: one, _running: running })
     }
 
     /// The client of the seeders.
@@ -228,11 +256,9 @@ impl Resolver {
         }
     }
 
-    /// The layer that is here; none where its index is wrong, since another one may be right.
+    /// The layer that is here.
     fn local(&self, blob: Digest) -> Result<Option<Arc<Layer>>, ResolveError> {
-        let Some(layer) = self.node.layer_by_blob(blob).filter(|layer| !layer.has_wrong_index()) else {
-            return Ok(None);
-        };
+        let Some(layer) = self.node.layer_by_blob(blob) else { return Ok(None) };
         if let Some(reason) = layer.quarantine() {
             return Err(ResolveError::Quarantined(reason));
         }
@@ -272,6 +298,27 @@ impl Resolver {
             None => node.insert(&parts),
         });
         Ok(inserted.await?)
+    }
+}
+
+impl Fetched<'_> {
+    /// Digest of the layer's device.
+    pub fn diff_id(&self) -> Digest {
+        self.parts.header.diff_id()
+    }
+
+    /// Makes the layer known to the node, in place of one whose index is wrong, and gives it its sources.
+    pub async fn insert(mut self) -> Result<Arc<Layer>, ResolveError> {
+        let incoming = match &mut self.following {
+            Some(following) => following.finish().await,
+            None => None,
+        };
+        let layer = self.resolver.insert(self.parts, incoming).await?;
+        if let Some(following) = self.following {
+            following.became(&layer);
+        }
+        self.resolver.add_sources(&layer, &self.blob);
+        Ok(layer)
     }
 }
 

@@ -10,7 +10,7 @@ use node::config::CacheConfig;
 use node::reader::ReadError;
 use node::source::SourceKind;
 use node::store::StoreError;
-use node::{Node, NodeConfig};
+use node::{Node, NodeConfig, Scrubbed};
 use proptest::prelude::*;
 use support::{CHUNK, Fault, FaultySource, Subject, until};
 
@@ -105,6 +105,63 @@ async fn a_read_fails_at_its_deadline_and_says_why() {
     assert_eq!(layer.read(0..100).await.unwrap(), subject.device[..100]);
 }
 
+/// Written by a subscriber.
+#[derive(Clone, Default)]
+struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl Lines {
+    fn with(&self, word: &str) -> Vec<String> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        text.lines().filter(|line| line.contains(word)).map(str::to_owned).collect()
+    }
+}
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_line_says_which_sources_failed_and_another_how_often() {
+    let lines = Lines::default();
+    let writer = lines.clone();
+    // This thread's alone, and the runtime has no other.
+    let _subscriber = tracing::subscriber::set_default(
+        tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish(),
+    );
+    let subject = Subject::new(200_000, 3);
+    let directory = tempfile::tempdir().unwrap();
+    let node = Node::open(NodeConfig { readahead: 0, ..config(directory.path()) }).unwrap();
+    let layer = node.insert(&subject.parts()).unwrap();
+    for kind in [SourceKind::Seeder, SourceKind::Registry] {
+        let source = FaultySource::new(&subject, kind);
+        source.set_fault(Fault::Unreachable);
+        layer.add_source(source);
+    }
+    for round in 1..=2 {
+        let chunks = [1, 5, 9, 12, 20].map(|n| n + 20 * (round - 1));
+        let reads = chunks.map(|chunk| tokio::spawn(layer.read(chunk * CHUNK..chunk * CHUNK + 10)));
+        for read in reads {
+            assert!(read.await.unwrap().is_err());
+        }
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        let (said, more) = (lines.with("a chunk did not arrive"), lines.with("more chunks of this layer"));
+        assert_eq!((said.len(), more.len()), (round as usize, round as usize), "{said:?} {more:?}");
+        let (line, more) = (&said[round as usize - 1], &more[round as usize - 1]);
+        for word in ["Seeder of the test", "Registry of the test", &subject.diff_id().to_string()] {
+            assert!(line.contains(word), "{word} is not in {line}");
+        }
+        assert!(more.contains("chunks=4 reads=4") && more.contains(&subject.diff_id().to_string()), "{more}");
+    }
+    assert_eq!(layer.counters().expired_chunks, 10);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_silent_source_does_not_hold_reads_beyond_their_deadline() {
     let subject = Subject::new(100_000, 4);
@@ -183,6 +240,47 @@ async fn the_background_completes_and_proves_a_layer() {
     drop((layer, node));
     let node = Node::open(self::config(directory.path())).unwrap();
     assert!(node.layer(subject.diff_id()).unwrap().is_proven());
+}
+
+/// Whether or not the background fills: who reads the device on disk itself must find it whole.
+#[tokio::test]
+async fn what_rots_in_a_proven_layer_is_found_and_fetched_again() {
+    use std::os::unix::fs::FileExt;
+    for fill in [true, false] {
+        let subject = Subject::new(400_000, 8);
+        let directory = tempfile::tempdir().unwrap();
+        let node = Node::open(NodeConfig { fill, ..config(directory.path()) }).unwrap();
+        let layer = node.insert(&subject.parts()).unwrap();
+        for (chunk, plain) in subject.chunks() {
+            assert!(layer.add_chunk(chunk, plain));
+        }
+        until("it is proven", || layer.is_proven()).await;
+        assert!(layer.pin("mount").unwrap());
+        layer.set_filling(true);
+        let scrub = || {
+            let node = node.clone();
+            tokio::task::spawn_blocking(move || node.scrub(&mut || true))
+        };
+        let whole = Scrubbed { bytes: subject.device.len() as u64, rotten: 0 };
+        assert_eq!(scrub().await.unwrap(), whole);
+
+        let on_disk = || std::fs::read(layer.device_path()).unwrap();
+        let device = std::fs::File::options().write(true).open(layer.device_path()).unwrap();
+        let wrong = subject.device[50_000] ^ 4;
+        device.write_all_at(&[wrong], 50_000).unwrap();
+        // Nobody has noticed.
+        assert!(layer.is_proven() && on_disk() != *subject.device);
+        // No source yet: the next pass asks again.
+        assert_eq!(scrub().await.unwrap(), Scrubbed { bytes: whole.bytes - CHUNK, rotten: 1 });
+        assert!(!layer.is_proven());
+        layer.add_source(FaultySource::new(&subject, SourceKind::Seeder));
+        assert_eq!(scrub().await.unwrap().rotten, 0);
+        until("it is proven again", || layer.is_proven()).await;
+        assert!(on_disk() == *subject.device);
+        assert_eq!(layer.read(49_000..51_000).await.unwrap(), subject.device[49_000..51_000]);
+        assert_eq!((node.counters().rotten_chunks, node.counters().wrong_chunks), (1, 0));
+        assert_eq!(scrub().await.unwrap(), whole);
+    }
 }
 
 /// Also where nothing is filled; and no longer than somebody waits for it.

@@ -51,7 +51,7 @@ impl Known {
         Arc::clone(&self.signed.read())
     }
 
-    pub(super) fn sign_again(&self, signed: Signed) {
+    pub(crate) fn sign_again(&self, signed: Signed) {
         *self.signed.write() = Arc::new(signed);
     }
 

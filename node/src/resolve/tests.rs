@@ -1,7 +1,9 @@
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use layer::ChunkIndex;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 use crate::config::CacheConfig;
@@ -193,6 +195,150 @@ async fn an_unsigned_index_is_not_believed() {
     let error = resolve(&resolver, &scene.blob).await.unwrap_err();
     assert!(matches!(error, ResolveError::Untrusted { source: TrustError::Unsigned, .. }), "{error}");
     assert!(node.layers().is_empty());
+    node.shutdown().await;
+}
+
+/// A seeder whose certificate is another cluster's.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_a_stranger_signed_is_not_believed() {
+    let (scene, cluster) = (Scene::new(41).await, TestCluster::new());
+    let (theirs, ours) = (cluster.security(Role::Seeder, "s"), cluster.security(Role::Node, "n"));
+    let stranger = TestCluster::new().security(Role::Seeder, "s");
+    let seeder = TestSeeder::start(scene.ingester(&stranger), &theirs).await;
+    let node = scene.node();
+    let error = resolve(&scene.resolver(&node, &seeder.address, &ours), &scene.blob).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Untrusted { source: TrustError::Chain(_), .. }), "{error}");
+    assert!(node.layers().is_empty());
+    node.shutdown().await;
+}
+
+/// The right seeder's signature of another layer's index: that layer is read, this one is not, until its own comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signature_of_another_index_is_not_believed() {
+    let (scene, cluster) = (Scene::new(42).await, TestCluster::new());
+    let (theirs, ours) = (cluster.security(Role::Seeder, "s"), cluster.security(Role::Node, "n"));
+    let seeder = TestSeeder::start(scene.ingester(&theirs), &theirs).await;
+    let other = scene.registry.put_blob(Sample::small(43).blob);
+    let known = |blob: BlobRef| {
+        let ingester = seeder.ingester.clone();
+        async move {
+            let Phase::Ready(known) = finished(ingester.ask(&blob).await.unwrap()).await else { panic!("no layer") };
+            known
+        }
+    };
+    let (mine, others) = (known(scene.blob.clone()).await, known(other.clone()).await);
+    let right = mine.signed();
+    mine.sign_again(others.signed().as_ref().clone());
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &ours);
+    let error = resolve(&resolver, &scene.blob).await.unwrap_err();
+    assert!(matches!(error, ResolveError::Untrusted { source: TrustError::Signature, .. }), "{error}");
+    assert!(error.to_string().contains(&seeder.address), "{error}");
+    let layer = resolve(&resolver, &other).await.unwrap();
+    layer.read(0..1000).await.unwrap();
+    assert_eq!(node.layers().len(), 1);
+
+    mine.sign_again(right.as_ref().clone());
+    let layer = resolve(&resolver, &scene.blob).await.unwrap();
+    scene.read_all(&layer).await;
+    node.shutdown().await;
+}
+
+/// What a seeder of a later version might say: the node names both versions, reads on what it knows, and takes the layer once it
+/// is told in words that it knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_of_a_newer_version_is_refused_by_name() {
+    let scene = Scene::new(44).await;
+    let other = scene.registry.put_blob(Sample::small(45).blob);
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let newer = Arc::new(AtomicBool::new(false));
+    let address = newer_headers(seeder.address.clone(), Arc::clone(&newer)).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &address, &Security::Off);
+    let known = resolve(&resolver, &other).await.unwrap();
+
+    newer.store(true, Ordering::SeqCst);
+    let error = resolve(&resolver, &scene.blob).await.unwrap_err().to_string();
+    assert!(error.contains("version 2") && error.contains("up to 1") && error.contains(&address), "{error}");
+    assert_eq!(node.layers().len(), 1);
+    known.read(0..1000).await.unwrap();
+
+    newer.store(false, Ordering::SeqCst);
+    // The seeder rests for a moment after its failure.
+    let deadline = Instant::now() + PATIENCE;
+    let layer = loop {
+        match resolve(&resolver, &scene.blob).await {
+            Ok(layer) => break layer,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    scene.read_all(&layer).await;
+    node.shutdown().await;
+}
+
+/// A way to `seeder` on which every index header is one of the next version, as long as `newer` says so. Gives its address.
+async fn newer_headers(seeder: String, newer: Arc<AtomicBool>) -> String {
+    let magic: Vec<u8> = b"\x8bDRIDX\r\n".to_vec();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((node, _)) = listener.accept().await {
+            let Ok(seeder) = tokio::net::TcpStream::connect(&seeder).await else { continue };
+            let (mut from_node, mut to_node) = node.into_split();
+            let (mut from_seeder, mut to_seeder) = seeder.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_node, &mut to_seeder).await });
+            let (newer, magic) = (Arc::clone(&newer), magic.clone());
+            tokio::spawn(async move {
+                let (mut buffer, mut matched) = (vec![0; 1 << 16], 0);
+                while let Ok(len @ 1..) = from_seeder.read(&mut buffer).await {
+                    for byte in &mut buffer[..len] {
+                        if matched == magic.len() {
+                            // The low byte of the version.
+                            *byte += u8::from(newer.load(Ordering::SeqCst));
+                            matched = 0;
+                        } else if *byte == magic[matched] {
+                            matched += 1;
+                        } else {
+                            matched = usize::from(*byte == magic[0]);
+                        }
+                    }
+                    if to_node.write_all(&buffer[..len]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+/// A foreign layer is at none of the registry's own places.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_layer_comes_from_its_urls() {
+    let (registry, sample) = (FakeRegistry::start().await, Sample::new(46));
+    registry.put_file("/elsewhere/layer", sample.blob.clone());
+    let blob = BlobRef {
+        registry: registry.host(),
+        repository: "team/app".to_owned(),
+        digest: Digest::of(&sample.blob),
+        size: sample.blob.len() as u64,
+        media_type: "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".to_owned(),
+        urls: vec![format!("http://{}/elsewhere/layer", registry.host())],
+    };
+    let scene = Scene { registry, sample, blob, folder: tempfile::tempdir().unwrap() };
+    let seeder = TestSeeder::start(scene.ingester(&Security::Off), &Security::Off).await;
+    let node = scene.node();
+    let resolver = scene.resolver(&node, &seeder.address, &Security::Off);
+    let layer = resolve(&resolver, &scene.blob).await.unwrap();
+    scene.read_all(&layer).await;
+    let paths: Vec<String> = scene.registry.seen().into_iter().map(|seen| seen.path).collect();
+    assert!(!paths.is_empty() && paths.iter().all(|path| path == "/elsewhere/layer"), "{paths:?}");
+
+    // Without them it is nowhere.
+    let nowhere = BlobRef { digest: Digest::of(b"elsewhere"), urls: Vec::new(), ..scene.blob.clone() };
+    let error = resolve(&resolver, &nowhere).await.unwrap_err();
+    assert!(error.to_string().contains("does not have"), "{error}");
     node.shutdown().await;
 }
 

@@ -79,7 +79,27 @@ pub(crate) struct LayerStore {
     is_quarantined: AtomicBool,
     quarantined: Mutex<Option<String>>,
     failures: Failures,
+    /// What the file says of them.
+    noted: Mutex<Option<Cause>>,
     faults: Faults,
+    /// The layer was removed or replaced, so that its directory is gone or another's. Held while files are written by their names.
+    is_gone: Mutex<bool>,
+}
+
+/// What a store begins with.
+struct Beginning {
+    directory: PathBuf,
+    number: u64,
+    header: Header,
+    signature: Vec<u8>,
+    digests: ChunkDigests,
+    device: Arc<dyn File>,
+    wire: Arc<WireStore>,
+    have: Arc<dyn File>,
+    state: Have,
+    pins: BTreeSet<String>,
+    failures: Failures,
+    quarantined: Option<String>,
 }
 
 impl Drop for LayerStore {
@@ -216,9 +236,21 @@ impl LayerStore {
             Some(wire) => wire.clone(),
             None => WireStore::open(site.clone(), directory, geometry.chunk_log2()),
         };
-        let pins = BTreeSet::new();
-        let signature = parts.signature.clone();
-        let store = Self::assemble(site, directory, number, header, signature, digests, device, wire, have, none, pins);
+        let beginning = Beginning {
+            directory: directory.to_owned(),
+            number,
+            header,
+            signature: parts.signature.clone(),
+            digests,
+            device,
+            wire,
+            have,
+            state: none,
+            pins: BTreeSet::new(),
+            failures: Failures::default(),
+            quarantined: None,
+        };
+        let store = Self::begin(site, beginning);
         if let Some(incoming) = incoming {
             incoming.hand_over();
             store.settle();
@@ -281,25 +313,21 @@ impl LayerStore {
             Err(error) => Some(error.to_string()),
         };
         let is_clean = state.clean;
-        let wire = WireStore::open(site.clone(), directory, geometry.chunk_log2());
-        let pins = read_pins(backend, directory, &site.boot_id);
-        let failures = Failures::open(backend, directory, geometry.chunk_count());
-        let mut store = Self::assemble(
-            site.clone(),
-            directory,
+        let beginning = Beginning {
+            directory: directory.to_owned(),
             number,
             header,
             signature,
             digests,
             device,
-            wire,
+            wire: WireStore::open(site.clone(), directory, geometry.chunk_log2()),
             have,
             state,
-            pins,
-        );
-        store.failures = failures;
-        store.is_quarantined.store(quarantined.is_some(), Ordering::Release);
-        *store.quarantined.lock() = quarantined;
+            pins: read_pins(backend, directory, &site.boot_id),
+            failures: Failures::open(backend, directory, geometry.chunk_count()),
+            quarantined,
+        };
+        let store = Self::begin(site.clone(), beginning);
         if store.is_pinned() {
             store.site.room.note_pinned(geometry.device_size(), true);
         }
@@ -307,20 +335,9 @@ impl LayerStore {
         Ok(store)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "private, and each argument is a field")]
-    fn assemble(
-        site: Arc<Site>,
-        directory: &Path,
-        number: u64,
-        header: Header,
-        signature: Vec<u8>,
-        digests: ChunkDigests,
-        device: Arc<dyn File>,
-        wire: Arc<WireStore>,
-        have: Arc<dyn File>,
-        state: Have,
-        pins: BTreeSet<String>,
-    ) -> Self {
+    fn begin(site: Arc<Site>, beginning: Beginning) -> Self {
+        let Beginning { directory, number, header, signature, digests, device, .. } = beginning;
+        let Beginning { wire, have, state, pins, failures, quarantined, .. } = beginning;
         let chunks = header.geometry().chunk_count();
         let (here, suspect) = (Bitmap::new(chunks), Bitmap::new(chunks));
         for chunk in (0..chunks).filter(|chunk| bit(&state.bits, *chunk)) {
@@ -331,7 +348,7 @@ impl LayerStore {
         }
         Self {
             site,
-            directory: directory.to_owned(),
+            directory,
             number,
             header,
             signature,
@@ -353,16 +370,25 @@ impl LayerStore {
             charged: AtomicU64::new(0),
             proven: AtomicBool::new(state.proven),
             is_shared: AtomicBool::new(false),
-            is_quarantined: AtomicBool::new(false),
-            quarantined: Mutex::default(),
-            failures: Failures::default(),
+            is_quarantined: AtomicBool::new(quarantined.is_some()),
+            quarantined: Mutex::new(quarantined),
+            noted: Mutex::new(failures.cause()),
+            failures,
             faults: Faults::default(),
+            is_gone: Mutex::new(false),
         }
     }
 
     pub(super) fn moved_to(&mut self, directory: &Path) {
         self.wire.moved_to(directory);
         self.directory = directory.to_owned();
+    }
+
+    /// The layer is about to be removed or replaced: whoever still has this writes no files by their names any more. Blocks for one
+    /// that is being written.
+    pub(crate) fn leave(&self) {
+        *self.is_gone.lock() = true;
+        self.wire.leave();
     }
 
     pub(crate) fn number(&self) -> u64 {
@@ -433,13 +459,12 @@ impl LayerStore {
     /// Stores a section that was not here.
     pub(crate) fn put_section(&self, section: Section, bytes: &[u8]) -> Result<(), StoreError> {
         check_section(&self.header, section, bytes)?;
-        replace_file(&*self.site.backend, &self.directory, section.name(), bytes)
-            .map_err(StoreError::io("write", &self.directory.join(section.name())))
+        self.replace(section.name(), Some(bytes))
     }
 
-    /// Whether `chunk` can be read. Compares a suspect one with its digest first.
+    /// Whether `chunk` can be read. A suspect one seems so until it is read, and then compared with its digest.
     pub(crate) fn is_here(&self, chunk: u32) -> bool {
-        self.is_stored(chunk) || self.is_unstored(chunk)
+        self.here.get(chunk) || self.is_unstored(chunk)
     }
 
     /// Whether every chunk is on the device, suspect ones included.
@@ -488,17 +513,9 @@ impl LayerStore {
         is_here
     }
 
-    /// What follows from the failures so far, and whether it could be made durable; `None`: nothing new.
-    pub(crate) fn judge(&self) -> Option<(Change, Result<(), StoreError>)> {
-        self.failures.judge(|change| {
-            let path = self.directory.join(FAILING);
-            let backend = &*self.site.backend;
-            let written = match change {
-                Change::Began(cause) => replace_file(backend, &self.directory, FAILING, cause.encode().as_bytes()),
-                Change::Ended => backend.remove(&path).and_then(|()| backend.sync_directory(&self.directory)),
-            };
-            written.map_err(StoreError::io("write", &path))
-        })
+    /// What follows from the failures so far; `None`: nothing new. The next flush makes it durable.
+    pub(crate) fn judge(&self) -> Option<Change> {
+        self.failures.judge()
     }
 
     /// Bytes of the chunks that are here.
@@ -535,16 +552,19 @@ impl LayerStore {
         loop {
             // Looked at before the bits and again after the bytes: a chunk that was taken away between is not one.
             let losses = self.losses.load(Ordering::SeqCst);
-            let is_on_disk = chunks.clone().all(|chunk| self.is_stored(chunk));
-            if !is_on_disk && !chunks.clone().all(|chunk| self.is_here(chunk) || has(held, chunk)) {
+            let is_believed = chunks.clone().all(|chunk| self.here.get(chunk) && !self.is_doubted(chunk));
+            if !is_believed && !chunks.clone().all(|chunk| self.is_here(chunk) || has(held, chunk)) {
                 return false;
             }
             out.clear();
             out.resize((range.end - range.start) as usize, 0);
-            let read = if is_on_disk {
+            let read = if is_believed {
                 self.read_device(out, range.start)
             } else {
-                chunks.clone().try_for_each(|chunk| self.read_chunk_part(chunk, range, held, out))
+                // Each of them also after one failed, so that all that are wrong are fetched at once.
+                let mut plain = Vec::new();
+                let parts = chunks.clone().map(|chunk| self.read_chunk_part(chunk, range, held, &mut plain, out));
+                parts.fold(Ok(()), io::Result::and)
             };
             fence(Ordering::SeqCst);
             if self.losses.load(Ordering::SeqCst) != losses {
@@ -555,7 +575,7 @@ impl LayerStore {
                     self.uses.note(&chunks, self.site.room.now());
                     return true;
                 }
-                // It was in memory, and is not any more.
+                // It was in memory, and is not any more; or it was compared, and was wrong.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
                 Err(error) => {
                     tracing::warn!(path = %self.device_path().display(), %error, "cannot read chunks {chunks:?}: fetching them again");
@@ -627,11 +647,12 @@ impl LayerStore {
         let flushed = self.flush_locked(&mut self.on_disk.lock());
         self.settle();
         self.wire.settle();
-        flushed
+        flushed.and_then(|()| self.note_cause())
     }
 
     /// Ends cleanly: after this the bits are believed without a check, unless some still wait for one.
     pub(crate) fn close(&self) -> Result<(), StoreError> {
+        self.note_cause()?;
         let mut on_disk = self.on_disk.lock();
         self.flush_locked(&mut on_disk)?;
         if on_disk.clean || self.suspect.next(0, true).is_some() {
@@ -669,7 +690,6 @@ impl LayerStore {
                 }
                 self.proven.store(true, Ordering::Release);
             }
-            self.failures.note_proven();
             self.write_clean(&mut on_disk)?;
             if self.is_shared.load(Ordering::Relaxed) {
                 self.device.give_pages_back(0..self.header.device_size());
@@ -696,8 +716,7 @@ impl LayerStore {
         *self.quarantined.lock() = Some(reason.to_owned());
         self.is_quarantined.store(true, Ordering::Release);
         self.proven.store(false, Ordering::Release);
-        replace_file(&*self.site.backend, &self.directory, QUARANTINED, reason.as_bytes())
-            .map_err(StoreError::io("write", &self.directory.join(QUARANTINED)))?;
+        self.replace(QUARANTINED, Some(reason.as_bytes()))?;
         for chunk in self.geometry().chunks() {
             self.drop_chunk(chunk);
         }
@@ -706,36 +725,50 @@ impl LayerStore {
         self.evict(&(0..units(self.geometry().chunk_count())).collect::<Vec<_>>()).map(drop)
     }
 
-    /// Whether `chunk` can be read from the device. Compares a suspect one with its digest first, and any on a disk that damages
-    /// them.
-    fn is_stored(&self, chunk: u32) -> bool {
-        let is_suspect = self.suspect.get(chunk) || self.failures.is_damaged();
-        self.here.get(chunk) && (!is_suspect || self.check(chunk))
+    /// Whether there was no room for a chunk that came lately.
+    pub(crate) fn has_unstored(&self) -> bool {
+        !self.unstored.lock().is_empty()
+    }
+
+    /// Whether a chunk on the device is to be compared with its digest whenever it is read: after a crash once, on a disk that damages
+    /// chunks always.
+    fn is_doubted(&self, chunk: u32) -> bool {
+        self.suspect.get(chunk) || self.failures.is_damaged()
     }
 
     /// Compares a chunk on the device with its digest and drops it when it is wrong.
     fn check(&self, chunk: u32) -> bool {
-        let mut plain = vec![0; self.geometry().chunk_len(ChunkIndex(chunk))];
+        self.scrub(chunk) == Some(true)
+    }
+
+    /// The same; `None`: it is not here. Blocks for the disk.
+    pub(crate) fn scrub(&self, chunk: u32) -> Option<bool> {
+        self.read_compared(chunk, &mut Vec::new())
+    }
+
+    /// The same; the chunk is read in place of what `plain` has.
+    fn read_compared(&self, chunk: u32, plain: &mut Vec<u8>) -> Option<bool> {
+        plain.resize(self.geometry().chunk_len(ChunkIndex(chunk)), 0);
         let start = self.geometry().range(ChunkIndex(chunk)).start;
         loop {
             let losses = self.losses.load(Ordering::SeqCst);
             if !self.here.get(chunk) {
-                return false;
+                return None;
             }
-            let read = self.device.read_once_at(&mut plain, start);
+            let read = self.device.read_once_at(plain, start);
             fence(Ordering::SeqCst);
             if self.losses.load(Ordering::SeqCst) != losses {
                 continue;
             }
-            if read.is_ok() && self.digests.is_chunk(ChunkIndex(chunk), &plain) {
+            if read.is_ok() && self.digests.is_chunk(ChunkIndex(chunk), plain) {
                 self.suspect.clear(chunk);
-                return true;
+                return Some(true);
             }
             // Of several who read it at once one notes it.
             if self.drop_chunk(chunk) {
                 self.failures.note_damaged(chunk);
             }
-            return false;
+            return Some(false);
         }
     }
 
@@ -773,19 +806,34 @@ impl LayerStore {
         }
     }
 
-    /// Copies the bytes of `chunk` that lie in `range` to their place in `out`. Not found: it is in memory no more.
-    fn read_chunk_part(&self, chunk: u32, range: &Range<u64>, held: &[Held], out: &mut [u8]) -> io::Result<()> {
+    /// Copies the bytes of `chunk` that lie in `range` to their place in `out`; `room` is for a chunk that has to be compared first.
+    /// Not found: it is in memory no more, or was wrong.
+    fn read_chunk_part(
+        &self,
+        chunk: u32,
+        range: &Range<u64>,
+        held: &[Held],
+        room: &mut Vec<u8>,
+        out: &mut [u8],
+    ) -> io::Result<()> {
         let place = self.geometry().range(ChunkIndex(chunk));
         let part = place.start.max(range.start)..place.end.min(range.end);
         let missing = || io::Error::from(io::ErrorKind::NotFound);
         let out = out.get_mut((part.start - range.start) as usize..(part.end - range.start) as usize);
         let out = out.ok_or_else(missing)?;
+        let from = (part.start - place.start) as usize..(part.end - place.start) as usize;
         if self.here.get(chunk) {
-            return self.read_device(out, part.start);
+            if !self.is_doubted(chunk) {
+                return self.read_device(out, part.start);
+            }
+            // What was compared is what is given: the disk may give something else the next time.
+            if self.read_compared(chunk, room) == Some(true) {
+                out.copy_from_slice(room.get(from).ok_or_else(missing)?);
+                return Ok(());
+            }
         }
         let kept = |among: &[Held]| among.iter().find(|held| held.chunk == chunk).map(|held| held.plain.clone());
         let plain = kept(held).or_else(|| kept(self.unstored.lock().make_contiguous())).ok_or_else(missing)?;
-        let from = (part.start - place.start) as usize..(part.end - place.start) as usize;
         out.copy_from_slice(plain.get(from).ok_or_else(missing)?);
         Ok(())
     }
@@ -876,6 +924,31 @@ impl LayerStore {
             at += part.len() as u64;
         }
         Ok(Digest::from_bytes(hash.finalize().into()))
+    }
+
+    /// Makes durable why the layer fails, or that it does not any more.
+    fn note_cause(&self) -> Result<(), StoreError> {
+        let mut noted = self.noted.lock();
+        let cause = self.failures.cause();
+        if *noted != cause {
+            self.replace(FAILING, cause.map(Cause::encode).as_ref().map(String::as_bytes))?;
+            *noted = cause;
+        }
+        Ok(())
+    }
+
+    /// Replaces the file `name`, durably; without bytes it is removed. Nothing happens once the layer is [gone](Self::leave).
+    fn replace(&self, name: &str, bytes: Option<&[u8]>) -> Result<(), StoreError> {
+        let is_gone = self.is_gone.lock();
+        if *is_gone {
+            return Ok(());
+        }
+        let (backend, path) = (&*self.site.backend, self.directory.join(name));
+        let replaced = match bytes {
+            Some(bytes) => replace_file(backend, &self.directory, name, bytes),
+            None => backend.remove(&path).and_then(|()| backend.sync_directory(&self.directory)),
+        };
+        replaced.map_err(StoreError::io("write", &path))
     }
 
     fn geometry(&self) -> Geometry {

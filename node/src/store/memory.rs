@@ -35,6 +35,8 @@ struct State {
     operations: Option<u64>,
     /// Syncs fail.
     broken: bool,
+    /// Reading damages what is read.
+    worn: bool,
     /// Changes and syncs before the power is cut.
     power: Option<u64>,
 }
@@ -90,6 +92,10 @@ impl MemoryDisk {
     }
 
     /// Lets syncs fail.
+    pub(crate) fn set_worn(&self, worn: bool) {
+        self.0.lock().worn = worn;
+    }
+
     pub(crate) fn set_broken(&self, broken: bool) {
         self.0.lock().broken = broken;
     }
@@ -322,10 +328,15 @@ impl MemoryFile {
 
 impl File for MemoryFile {
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
-        let state = self.disk.0.lock();
-        let bytes = &state.files[&self.number].now.bytes;
+        let mut state = self.disk.0.lock();
+        let is_worn = state.worn;
+        let bytes = &mut state.files.get_mut(&self.number).unwrap().now.bytes;
         let range = offset as usize..offset as usize + out.len();
-        out.copy_from_slice(bytes.get(range).ok_or(io::ErrorKind::UnexpectedEof)?);
+        let bytes = bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?;
+        out.copy_from_slice(bytes);
+        if is_worn && let Some(first) = bytes.first_mut() {
+            *first ^= 1;
+        }
         Ok(())
     }
 

@@ -326,6 +326,7 @@ impl Store {
 
     /// Removes a layer; open files stay readable.
     pub(crate) fn remove(&self, layer: &LayerStore) -> Result<(), StoreError> {
+        layer.leave();
         let layers = self.root.join("layers");
         let trash = layers.join(format!(".removed-{}", layer.number()));
         let directory = self.layer_path(&layer.header().diff_id());
@@ -334,16 +335,16 @@ impl Store {
         self.site.backend.remove(&trash).map_err(StoreError::io("remove", &trash))
     }
 
-    /// Notes that the index is wrong, beyond the layer's life.
-    pub(crate) fn refuse(&self, index: &Digest, reason: &str) -> Result<(), StoreError> {
+    /// Notes that the index is wrong, beyond the layer's life; `false`: there are too many such notes.
+    pub(crate) fn refuse(&self, index: &Digest, reason: &str) -> Result<bool, StoreError> {
         let (backend, directory) = (&*self.site.backend, self.root.join("refused"));
-        let refuse = || -> io::Result<()> {
+        let refuse = || -> io::Result<bool> {
             backend.create_directory(&directory)?;
             backend.sync_directory(&self.root)?;
             if backend.list(&directory)?.len() >= REFUSED_MAX {
-                return Ok(());
+                return Ok(false);
             }
-            replace_file(backend, &directory, &index.hex(), reason.as_bytes())
+            replace_file(backend, &directory, &index.hex(), reason.as_bytes()).map(|()| true)
         };
         refuse().map_err(StoreError::io("write", &directory.join(index.hex())))
     }

@@ -166,11 +166,22 @@ fn a_disk_that_damages_a_chunk_again_and_again_takes_the_layer_out_of_service() 
         assert_eq!(layer.prove(&|| false).unwrap(), Proof::Rotten(1));
         layer.add(1, subject.chunk(1));
     }
-    assert!(matches!(layer.judge(), Some((Change::Began(_), Ok(())))));
+    assert!(matches!(layer.judge(), Some(Change::Began(_))));
     let cause = layer.failing().unwrap();
     // Whatever is damaged by then, nothing wrong is read.
     disk.flip(&subject.path("device"), 8 * 9000);
     assert_eq!(subject.check(&layer), subject.chunks() as usize - 1);
+    // What was compared is what is given, and not what the disk gives next.
+    disk.set_worn(true);
+    let mut out = Vec::new();
+    assert!(layer.read(&(3 * CHUNK as u64 + 5..5 * CHUNK as u64 - 5), &[], &mut out));
+    assert!(out == subject.device[3 * CHUNK + 5..5 * CHUNK - 5]);
+    disk.set_worn(false);
+    assert!(!layer.read(&(3 * CHUNK as u64 + 5..5 * CHUNK as u64 - 5), &[], &mut out));
+    assert_eq!(layer.next_missing(3), Some(3..5), "both are known to be wrong at once");
+    for chunk in [2, 3, 4] {
+        layer.add(chunk, subject.chunk(chunk));
+    }
     layer.close().unwrap();
     store.close().unwrap();
     drop((layer, store));
@@ -182,11 +193,36 @@ fn a_disk_that_damages_a_chunk_again_and_again_takes_the_layer_out_of_service() 
         assert!(layer.look_again(cause) && layer.judge().is_none());
     }
     assert!(layer.look_again(cause));
-    assert!(matches!(layer.judge(), Some((Change::Ended, Ok(())))));
+    assert!(matches!(layer.judge(), Some(Change::Ended)));
     assert_eq!(layer.failing(), None);
+    layer.flush().unwrap();
     drop(found);
     let (_, found) = open(&disk, "b");
     assert_eq!(found.layers[0].failing(), None);
+}
+
+#[test]
+fn who_still_has_a_replaced_layer_leaves_its_successor_alone() {
+    let subject = Subject::new(50_000, 1);
+    let disk = MemoryDisk::default();
+    let (store, _) = open(&disk, "a");
+    let old = create(&store, &subject);
+    old.leave();
+    let new = create(&store, &subject);
+    for chunk in 0..subject.chunks() {
+        new.add(chunk, subject.chunk(chunk));
+    }
+    new.close().unwrap();
+    (0..3).for_each(|_| old.note_wrong(1));
+    assert!(matches!(old.judge(), Some(Change::Began(_))));
+    old.flush().unwrap();
+    old.pin_anyway("somebody").unwrap();
+    old.quarantine("it is wrong").unwrap();
+    drop((old, new, store));
+    let (_, found) = open(&disk, "a");
+    let layer = &found.layers[0];
+    assert_eq!((layer.quarantined(), layer.failing(), layer.is_pinned()), (None, None, false));
+    assert_eq!(subject.check(layer), subject.chunks() as usize);
 }
 
 #[test]

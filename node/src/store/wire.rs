@@ -23,8 +23,8 @@ const CHECK_LEN: usize = 8;
 #[derive(Debug)]
 pub(crate) struct WireStore {
     site: Arc<Site>,
-    /// Where the file is; its directory moves.
-    path: Mutex<PathBuf>,
+    /// Where the file is; its directory moves. `None`: the layer is gone, and its directory another's.
+    path: Mutex<Option<PathBuf>>,
     chunk_log2: u8,
     /// Alone while the file goes.
     file: RwLock<Option<Arc<dyn File>>>,
@@ -47,7 +47,7 @@ impl WireStore {
         let file = site.backend.open(&path, false).ok();
         let store = Self {
             site,
-            path: Mutex::new(path),
+            path: Mutex::new(Some(path)),
             chunk_log2,
             file: RwLock::new(file),
             charged: AtomicU64::new(0),
@@ -58,7 +58,11 @@ impl WireStore {
     }
 
     pub(super) fn moved_to(&self, directory: &Path) {
-        *self.path.lock() = directory.join(WIRE);
+        *self.path.lock() = Some(directory.join(WIRE));
+    }
+
+    pub(super) fn leave(&self) {
+        *self.path.lock() = None;
     }
 
     pub(super) const fn chunk_log2(&self) -> u8 {
@@ -139,10 +143,11 @@ impl WireStore {
     pub(crate) fn clear(&self) -> u64 {
         let mut place = self.file.write();
         if let Some(file) = place.take() {
-            let path = self.path.lock().clone();
             // Where one of both fails the file is found, and charged, when the layer is opened next.
             let _ = file.set_len(0);
-            let _ = self.site.backend.remove(&path);
+            if let Some(path) = &*self.path.lock() {
+                let _ = self.site.backend.remove(path);
+            }
         }
         let before = self.charged.load(Ordering::Relaxed);
         self.site.room.settle_spare(&self.charged, 0);
@@ -169,7 +174,10 @@ impl WireStore {
         let mut place = self.file.write();
         let file = match place.take() {
             Some(file) => file,
-            None => self.site.backend.open(&self.path.lock().clone(), true)?,
+            None => match &*self.path.lock() {
+                Some(path) => self.site.backend.open(path, true)?,
+                None => return Err(std::io::ErrorKind::NotFound.into()),
+            },
         };
         work(&**place.insert(file))
     }

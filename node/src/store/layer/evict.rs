@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::{LayerStore, SMALL_FILE_MAX};
 use crate::store::StoreError;
-use crate::store::backend::{Backend, read_file, replace_file};
+use crate::store::backend::{Backend, read_file};
 
 /// log2 of the chunks that are evicted together: 2 MiB of a device with chunks of 128 KiB. A smaller unit would split what was
 /// fetched together; a larger one would take what is in use with what is not.
@@ -225,8 +225,7 @@ impl LayerStore {
         let pins = self.pins.lock().clone();
         let mut text = format!("{}\n", self.site.boot_id);
         pins.iter().for_each(|holder| text.extend([holder, "\n"]));
-        replace_file(&*self.site.backend, &self.directory, PINNED, text.as_bytes())
-            .map_err(StoreError::io("write", &self.directory.join(PINNED)))
+        self.replace(PINNED, Some(text.as_bytes()))
     }
 }
 

@@ -154,22 +154,15 @@ impl Failures {
         });
     }
 
-    /// All of the device is as it was written.
-    pub(super) fn note_proven(&self) {
-        if self.has_any.load(Ordering::Acquire) {
-            self.change(|counts| counts.damaged.clear());
-        }
-    }
-
-    /// What follows from all that was noted; `None`: nothing new. `write` makes it durable, one after the other.
-    pub(super) fn judge<T>(&self, write: impl FnOnce(Change) -> T) -> Option<(Change, T)> {
+    /// What follows from all that was noted; `None`: nothing new.
+    pub(super) fn judge(&self) -> Option<Change> {
         if !self.has_any.load(Ordering::Acquire) {
             return None;
         }
         let mut counts = self.counts.lock();
         let change = counts.judge()?;
         self.is_damaged.store(matches!(counts.cause, Some(Cause::Damaged(_))), Ordering::Release);
-        Some((change, write(change)))
+        Some(change)
     }
 
     fn change(&self, change: impl FnOnce(&mut Counts)) {
@@ -216,29 +209,25 @@ fn count(chunks: &mut BTreeMap<u32, u32>, chunk: u32) {
 mod tests {
     use super::*;
 
-    fn judge(failures: &Failures) -> Option<Change> {
-        failures.judge(|_| ()).map(|(change, ())| change)
-    }
-
     #[test]
     fn a_chunk_must_fail_again_and_again() {
         let failures = Failures::default();
         failures.note_wrong(1);
         failures.note_wrong(2);
         failures.note_wrong(1);
-        assert_eq!((judge(&failures), failures.cause()), (None, None));
+        assert_eq!((failures.judge(), failures.cause()), (None, None));
         // A right one in between begins it anew.
         failures.note_right(1);
         failures.note_wrong(1);
         failures.note_wrong(1);
-        assert_eq!(judge(&failures), None);
+        assert_eq!(failures.judge(), None);
         failures.note_wrong(1);
-        assert_eq!(judge(&failures), Some(Change::Began(Cause::Wrong(1))));
-        assert_eq!((judge(&failures), failures.cause()), (None, Some(Cause::Wrong(1))));
+        assert_eq!(failures.judge(), Some(Change::Began(Cause::Wrong(1))));
+        assert_eq!((failures.judge(), failures.cause()), (None, Some(Cause::Wrong(1))));
         failures.note_right(2);
-        assert_eq!(judge(&failures), None);
+        assert_eq!(failures.judge(), None);
         failures.note_right(1);
-        assert_eq!((judge(&failures), failures.cause()), (Some(Change::Ended), None));
+        assert_eq!((failures.judge(), failures.cause()), (Some(Change::Ended), None));
     }
 
     #[test]
@@ -246,17 +235,15 @@ mod tests {
         let failures = Failures::default();
         (0..FAILURES_MAX).for_each(|_| failures.note_damaged(7));
         (0..FAILURES_MAX + 5).for_each(|_| failures.note_wrong(3));
-        assert_eq!(judge(&failures), Some(Change::Began(Cause::Damaged(7))));
+        assert_eq!(failures.judge(), Some(Change::Began(Cause::Damaged(7))));
         assert!(failures.is_damaged());
         (1..FAILURES_MAX).for_each(|_| failures.note_sound(7));
-        assert_eq!(judge(&failures), None, "it has to be sound as often as it failed");
+        assert_eq!(failures.judge(), None, "it has to be sound as often as it failed");
         failures.note_sound(7);
-        assert_eq!(judge(&failures), Some(Change::Began(Cause::Wrong(3))));
+        assert_eq!(failures.judge(), Some(Change::Began(Cause::Wrong(3))));
         assert!(!failures.is_damaged());
-        failures.note_proven();
-        assert_eq!(judge(&failures), None);
         failures.note_right(3);
-        assert_eq!(judge(&failures), Some(Change::Ended));
+        assert_eq!(failures.judge(), Some(Change::Ended));
     }
 
     #[test]
