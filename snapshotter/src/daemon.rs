@@ -120,7 +120,7 @@ pub async fn serve(
         async move { sweeper.run().await }
     });
     tokio::spawn(layers.clone().sweep_orphans());
-    tokio::spawn(layers.clone().renew_quarantined());
+    tokio::spawn(layers.clone().renew_for_ever());
     handed.listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(handed.listener)?;
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use bytesize::ByteSize;
 use clap::{Parser, Subcommand};
 use node::registry::image::Platform;
 use proto::drover::node::v1::CompleteProgress;
@@ -16,8 +17,8 @@ use snapshotter::keeper::{self, DaemonSide, KeeperOptions};
 use snapshotter::mount::helper;
 use snapshotter::pull::progress::Progress;
 use snapshotter::pull::{self, Pull};
-use snapshotter::status::client;
 use snapshotter::status::render::render;
+use snapshotter::status::{client, metrics};
 use snapshotter::uninstall;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -44,7 +45,13 @@ enum Command {
         /// A line for each layer.
         #[arg(long)]
         layers: bool,
+        /// Figures in Prometheus' text format instead.
+        #[arg(long, conflicts_with = "layers")]
+        metrics: bool,
     },
+    /// Compare all chunks on this node's disk with their digests at once, which the daemon otherwise does slowly, once a day. Damaged
+    /// ones are fetched again.
+    Scrub,
     /// Pull an image lazily, whatever client and version of containerd runs it later. For `ctr` of containerd 1.6 and 1.7 and for
     /// `ctr image pull --local`, which fetch every layer before they ask for a snapshot.
     Pull {
@@ -104,10 +111,17 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             let config = Config::load(&arguments.config)?;
             let options = keeper_options(&config, &arguments.config);
             match command {
-                Command::Serve => Ok(keeper::serve(&options)?),
-                Command::Keeper => Ok(keeper::adopt(&options)?),
+                Command::Serve => {
+                    log(&config)?;
+                    Ok(keeper::serve(&options)?)
+                }
+                Command::Keeper => {
+                    log(&config)?;
+                    Ok(keeper::adopt(&options)?)
+                }
                 Command::Daemon => run_daemon(&config, &options),
-                Command::Status { layers } => run_status(&config, layers),
+                Command::Status { layers, metrics } => run_status(&config, layers, metrics),
+                Command::Scrub => run_scrub(&config),
                 Command::Drain { undo } => run_drain(&config, undo),
                 Command::Uninstall => run_uninstall(&config),
                 Command::Pull { reference, namespace, address, snapshotter, platform, complete } => {
@@ -133,13 +147,18 @@ fn keeper_options(config: &Config, path: &std::path::Path) -> KeeperOptions {
     }
 }
 
-fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
-    let side = DaemonSide::receive(options)?;
+fn log(config: &Config) -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_new(&config.log).context("key log of the configuration")?)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    Ok(())
+}
+
+fn run_daemon(config: &Config, options: &KeeperOptions) -> anyhow::Result<()> {
+    let side = DaemonSide::receive(options)?;
+    log(config)?;
     let handed = Handed {
         fuse: side.fuse()?,
         listener: side.listener()?,
@@ -211,9 +230,23 @@ fn run_uninstall(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_status(config: &Config, layers: bool) -> anyhow::Result<()> {
+fn run_scrub(config: &Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let scrubbed = runtime.block_on(client::scrub(&config.socket()))?;
+    println!("{} are as they were fetched", ByteSize::b(scrubbed.bytes).display().iec());
+    if scrubbed.rotten_chunks > 0 {
+        println!("{} chunks were damaged and are fetched again; look after the disk", scrubbed.rotten_chunks);
+    }
+    Ok(())
+}
+
+fn run_status(config: &Config, layers: bool, metrics: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let status = runtime.block_on(client::status(&config.socket()))?;
+    if metrics {
+        print!("{}", metrics::metrics(&status));
+        return Ok(());
+    }
     print!("{}", render(&status, layers));
     if Drain::of(&config.root).is_on() {
         println!("\n{}: drover-snapshotter drain --undo ends that", drain::REASON);

@@ -25,7 +25,7 @@ pub mod usage;
 
 pub use error::{OpenError, StoreError};
 pub use id_maps::{IdMaps, IdMapsError};
-pub use mounts::{LayerMounts, Mount};
+pub use mounts::{LayerMounts, Mount, Quarantine};
 pub use record::{Backing, Kind, Labels, LazyBacking, Record, Snapshot, Usage};
 pub use release::{LayerHold, Release};
 pub use store::{Creation, LazyCommit, Store};

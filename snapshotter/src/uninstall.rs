@@ -77,16 +77,13 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
     fuse::mount::unmount(&config.devices()).context("cannot remove the FUSE mount")?;
     // As the kernel names it.
     let root = fs::canonicalize(&config.root).unwrap_or_else(|_| config.root.clone());
-    // It may be a disk of its own.
-    let below = || Ok(mounts_below(&root)?.into_iter().filter(|mounted| mounted.target != root).collect());
-    let mounts: io::Result<Vec<Mounted>> = below();
-    for mounted in mounts?.into_iter().rev() {
+    for mounted in mounts_in(&root)?.into_iter().rev() {
         let is_ours = mounted.fs_type == "erofs" && mounted.target.parent() == Some(&root.join("m"));
         ensure!(is_ours, "{} is mounted there and not Drover's: unmount it first", mounted.target.display());
         unmount(&mounted.target).with_context(|| format!("cannot unmount {}", mounted.target.display()))?;
     }
     // What is below would be removed with the rest.
-    if let Some(mounted) = below()?.first() {
+    if let Some(mounted) = mounts_in(&root)?.first() {
         bail!("{} is still mounted", mounted.target.display());
     }
     for name in IN_ROOT {
@@ -114,6 +111,13 @@ pub fn uninstall(config: &Config) -> anyhow::Result<Vec<PathBuf>> {
         }
     }
     Ok(left)
+}
+
+/// What is mounted below `root`, which may be a disk of its own.
+fn mounts_in(root: &Path) -> anyhow::Result<Vec<Mounted>> {
+    let mut mounts = mounts_below(root).context("cannot read what is mounted")?;
+    mounts.retain(|mounted| mounted.target != root);
+    Ok(mounts)
 }
 
 /// The lock of a daemon, where there ever was one.

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use proto::containerd::services::snapshots::v1 as wire;
 use proto::containerd::services::snapshots::v1::snapshots_client::SnapshotsClient;
 use snapshotter::containerd::{LazyLayers, LazyOutcome, PrepareLazy, Service, Sweeper};
-use snapshotter::snapshots::{LayerMounts, LazyBacking, LazyCommit, Release, Store, Usage};
+use snapshotter::snapshots::{LayerMounts, LazyBacking, LazyCommit, Quarantine, Release, Store, Usage};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -35,6 +35,7 @@ struct Engine {
     blocked: Notify,
     refuse_release: Mutex<bool>,
     quarantined: Mutex<HashSet<Digest>>,
+    wrong: Mutex<HashSet<Digest>>,
 }
 
 impl LayerMounts for Engine {
@@ -46,8 +47,10 @@ impl LayerMounts for Engine {
         }
     }
 
-    fn quarantine(&self, backing: &LazyBacking) -> Option<String> {
-        self.quarantined.lock().contains(&backing.diff_id).then(|| "chunk 7 came wrong".to_owned())
+    fn quarantine(&self, backing: &LazyBacking) -> Option<Quarantine> {
+        let reason = || "chunk 7 came wrong".to_owned();
+        let is_wrong = self.wrong.lock().contains(&backing.diff_id);
+        self.quarantined.lock().contains(&backing.diff_id).then(|| Quarantine { reason: reason(), is_wrong })
     }
 }
 
@@ -253,6 +256,12 @@ async fn a_quarantined_layer_is_for_those_who_have_it() {
     assert_eq!(mounts, "bind rw,rbind");
     fixture.commit("other/5/sha256:one", "other/4/extract sha256:one", "").await.expect("commits");
     fixture.prepare("other/6/new", "other/5/sha256:one", &[]).await.expect("prepares");
+    // A layer above it that containerd unpacks needs its directories only, which are right unless the index is wrong.
+    let above = [(REF, "not-lazy above")];
+    fixture.prepare("ns/8/extract above", "sha256:one", &above).await.expect("is left to containerd");
+    fixture.engine.wrong.lock().insert(one);
+    let status = fixture.prepare("ns/9/extract above", "sha256:one", &above).await.expect_err("is refused");
+    assert!(status.message().contains("quarantined: chunk 7 came wrong"), "{status}");
 
     fixture.engine.quarantined.lock().remove(&one);
     fixture.prepare("ns/3/new", "sha256:one", &[]).await.expect("it is back");

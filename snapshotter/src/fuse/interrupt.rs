@@ -14,6 +14,9 @@ use super::{Failure, reply::Connection};
 /// 10 µs per watched request.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Longer than a thread takes from reading a request to parking or answering it, unless the disk hangs.
+const THREAD_PATIENCE: Duration = Duration::from_millis(100);
+
 const SIGKILL_BIT: u64 = 1 << (9 - 1);
 
 /// Handles the INTERRUPT of the request `unique`, itself named `interrupt`.
@@ -22,6 +25,10 @@ pub(super) fn interrupted(connection: &Arc<Connection>, unique: u64, interrupt: 
     let Some(pid) = pid else {
         if connection.is_leaving() {
             // Its successor is told again, together with the request.
+            return;
+        }
+        if connection.has_orphans() && is_orphan(connection, unique) {
+            connection.send(unique, -Failure::Cancelled.errno(), &[]);
             return;
         }
         // Another thread is between reading the request and parking or answering it. The kernel sends the interrupt
@@ -42,6 +49,13 @@ pub(super) fn interrupted(connection: &Arc<Connection>, unique: u64, interrupt: 
         table.watched.push(unique);
         connection.changed.notify_all();
     }
+}
+
+/// Whether the request is one that an earlier daemon had read: no thread of this one comes to know it. The kernel does not say who
+/// waits for it, so any signal ends its wait, which would have no other end.
+fn is_orphan(connection: &Connection, unique: u64) -> bool {
+    std::thread::sleep(THREAD_PATIENCE);
+    !connection.table.lock().parked.contains_key(&unique)
 }
 
 /// Looks after callers that got a harmless signal, until the session ends. Sleeps while there are none.

@@ -226,6 +226,7 @@ pub(super) struct Connection {
     pub(super) changed: Condvar,
     parked_max: usize,
     leaving: AtomicBool,
+    orphans: AtomicBool,
 }
 
 impl fmt::Debug for Connection {
@@ -259,7 +260,14 @@ pub(super) struct Parked {
 
 impl Connection {
     pub(super) fn new(fd: OwnedFd, parked_max: usize) -> Connection {
-        Connection { fd, table: Mutex::default(), changed: Condvar::new(), parked_max, leaving: AtomicBool::new(false) }
+        Connection {
+            fd,
+            table: Mutex::default(),
+            changed: Condvar::new(),
+            parked_max,
+            leaving: AtomicBool::new(false),
+            orphans: AtomicBool::new(false),
+        }
     }
 
     /// From now on requests are answered with their bytes or not at all.
@@ -269,6 +277,15 @@ impl Connection {
 
     pub(super) fn is_leaving(&self) -> bool {
         self.leaving.load(Ordering::Acquire)
+    }
+
+    /// There are requests that an earlier daemon had read and that nobody will answer.
+    pub(super) fn note_orphans(&self) {
+        self.orphans.store(true, Ordering::Release);
+    }
+
+    pub(super) fn has_orphans(&self) -> bool {
+        self.orphans.load(Ordering::Acquire)
     }
 
     /// Ends a parked request whose caller is dying. `false` if it is no longer parked.

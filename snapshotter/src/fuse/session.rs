@@ -41,11 +41,13 @@ pub struct SessionOptions {
     pub read_ahead: Option<ReadAhead>,
     /// An earlier daemon served this connection.
     pub adopted: bool,
+    /// Ask the kernel to send again what an earlier daemon had not answered. Off is as on kernels before 6.9, which cannot.
+    pub resend: bool,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        SessionOptions { workers: 2, parked_max: 262_144, read_ahead: None, adopted: false }
+        SessionOptions { workers: 2, parked_max: 262_144, read_ahead: None, adopted: false, resend: true }
     }
 }
 
@@ -131,7 +133,7 @@ pub fn run(fd: OwnedFd, handler: Arc<dyn Handler>, options: SessionOptions) -> R
         return Err(SessionError::Workers(options.workers));
     }
     let connection = Arc::new(Connection::new(fd, options.parked_max));
-    resend(&connection, options.adopted);
+    resend(&connection, &options);
     if options.adopted {
         set_read_ahead(&options);
     }
@@ -154,13 +156,17 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Session
     thread::Builder::new().name(name.into()).spawn(body).map(drop).map_err(SessionError::Thread)
 }
 
-fn resend(connection: &Connection, adopted: bool) {
-    match connection.try_send(0, abi::NOTIFY_RESEND, &[]) {
+fn resend(connection: &Connection, options: &SessionOptions) {
+    let sent = if options.resend { connection.try_send(0, abi::NOTIFY_RESEND, &[]) } else { Err(Errno::INVAL) };
+    match sent {
         Ok(()) => {}
-        Err(Errno::INVAL) if adopted => tracing::error!(
-            "this kernel (older than 6.9) cannot send requests again: reads that the last daemon had not answered hang \
-             until their process is killed"
-        ),
+        Err(Errno::INVAL) if options.adopted => {
+            connection.note_orphans();
+            tracing::error!(
+                "this kernel (older than 6.9) cannot send requests again: reads that the last daemon had not answered hang \
+                 until their process gets a signal"
+            );
+        }
         Err(Errno::INVAL) => {}
         Err(errno) => tracing::warn!(%errno, "cannot ask the kernel to send requests again"),
     }

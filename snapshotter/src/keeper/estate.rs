@@ -23,8 +23,15 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 
+/// Says which keys and descriptors there are at least. A newer version only adds: keys at any place, descriptors at the end. So a keeper
+/// of either version takes over from the other.
 const VERSION: u32 = 1;
-const FDS_MAX: usize = 5;
+/// Descriptors that are sent.
+const FDS_SENT: usize = 5;
+/// Descriptors that are received, those of newer versions among them.
+const FDS_MAX: usize = 16;
+/// Longest line that is received.
+const LINE_MAX: usize = 4096;
 /// For the other side to answer. Chosen: both sides are local and have nothing else to do.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -99,7 +106,7 @@ impl Estate {
         let mut fds: Vec<BorrowedFd<'_>> = vec![self.fuse.as_fd(), self.listener.as_fd(), self.lock.as_fd()];
         fds.extend(self.link.as_ref().map(AsFd::as_fd));
         fds.extend(self.daemon.as_ref().map(|daemon| daemon.pidfd.as_fd()));
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_SENT))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
             return Err(io::Error::other("too many descriptors"));
@@ -141,7 +148,7 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// One message and its descriptors; empty at the end of the connection.
 pub(super) fn receive(socket: impl AsFd) -> io::Result<(String, Vec<OwnedFd>)> {
-    let mut bytes = [0; 512];
+    let mut bytes = [0; LINE_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message =
@@ -166,8 +173,8 @@ fn parse(line: &str, fds: Vec<OwnedFd>) -> io::Result<Estate> {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason.to_owned()));
     }
     let version = line.strip_prefix("drover-keeper ").and_then(|rest| rest.split(' ').next()?.parse::<u32>().ok());
-    if version != Some(VERSION) {
-        return Err(io::Error::other(format!("{line:?} is not an estate of version {VERSION}")));
+    if version.is_none_or(|version| version < VERSION) {
+        return Err(io::Error::other(format!("{line:?} is not an estate of version {VERSION} or newer")));
     }
     let number =
         |key: &str| value::<u64>(line, key).ok_or_else(|| io::Error::other(format!("the estate {line:?} lacks {key}")));
@@ -223,6 +230,34 @@ mod tests {
         assert!(got.link.is_none() && got.daemon.is_none());
     }
 
+    /// The line is what processes of other versions send and understand: no key or descriptor of it may change or go.
+    #[test]
+    fn the_first_version_stays_as_it_is() {
+        let (here, there) = pair().unwrap();
+        let sent = estate();
+        sent.send(&here).unwrap();
+        let (line, fds) = receive(&there).unwrap();
+        let pid = std::process::id();
+        let golden = "drover-keeper 1 generation=7 served=1 ready=1 reload=0 attended=1 link=1";
+        assert_eq!(line, format!("{golden} daemon={pid}"));
+        assert_eq!(fds.len(), FDS_SENT);
+        let got = parse(&format!("{golden} daemon=0"), fds).unwrap();
+        assert!(got.link.is_some() && got.daemon.is_none() && got.generation == 7);
+    }
+
+    #[test]
+    fn what_newer_versions_add_is_left_out() {
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let newer =
+            "drover-keeper 7 colour=blue generation=3 served=1 ready=0 reload=1 attended=1 link=0 daemon=0 more=x=y";
+        let got = parse(newer, (0..9).map(|_| null()).collect()).unwrap();
+        assert_eq!((got.generation, got.served, got.reload, got.link.is_none()), (3, true, true, true));
+        // What is lacking is lacking in any version.
+        let without = newer.replace(" served=1", "");
+        assert!(parse(&without, (0..9).map(|_| null()).collect()).unwrap_err().to_string().contains("served"));
+        assert!(parse(newer, vec![null(), null()]).unwrap_err().to_string().contains("descriptor"));
+    }
+
     #[test]
     fn what_is_no_estate_is_refused() {
         let (here, there) = pair().unwrap();
@@ -231,7 +266,9 @@ mod tests {
             Estate::receive(&there).unwrap_err()
         };
         assert_eq!(say("refused by me").kind(), io::ErrorKind::PermissionDenied);
-        assert!(say("drover-keeper 2 generation=1").to_string().contains("version"));
+        for odd in ["drover-keeper 0 generation=1", "drover-keeper x", "drover-keeper", "keeper 1"] {
+            assert!(say(odd).to_string().contains("version"), "{odd}");
+        }
         assert!(say("drover-keeper 1 generation=1").to_string().contains("descriptor"));
         drop(here);
         assert!(Estate::receive(&there).is_err());

@@ -230,6 +230,19 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_foreign_layer_keeps_its_urls() {
+        let (manifest, config) = texts(&["a", "b"]);
+        let mut manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+        manifest["layers"][1]["mediaType"] = json!("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip");
+        manifest["layers"][1]["urls"] = json!(["https://elsewhere.test/b"]);
+        let manifest = serde_json::to_vec(&manifest).unwrap();
+        let image = Manifest::parse(Digest::of(&manifest), &manifest).unwrap().with_config(&config).unwrap();
+        let places: Vec<BlobRef> = image.layers.iter().map(|layer| layer.at("r.test", "team/app")).collect();
+        assert!(places[0].urls.is_empty());
+        assert_eq!(places[1].urls, ["https://elsewhere.test/b"]);
+    }
+
+    #[test]
     fn what_is_no_image_is_refused() {
         let (manifest, config) = texts(&["a", "b"]);
         let (_, other) = texts(&["a"]);

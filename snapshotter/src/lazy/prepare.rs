@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use layer::{ChainId, Digest};
 use node::Node;
 use node::layer::Layer;
@@ -51,13 +52,20 @@ pub enum Decline {
     #[error("the blob {0} is in containerd's content store already")]
     BlobIsLocal(Digest),
     /// The layer could not be made known.
-    #[error(transparent)]
-    Wait(#[from] WaitError),
+    #[error("layer {place}: {source}")]
+    Wait {
+        /// Where its blob was to come from.
+        place: Box<BlobRef>,
+        /// What failed.
+        source: WaitError,
+    },
     /// The same where only the registry's host is known.
     #[error(
-        "{source}; the pull does not say the registry's port: if {host} has one, configure it as [registry.\"{host}:PORT\"]"
+        "layer {place}: {source}; the pull does not say the registry's port: if {host} has one, configure it as [registry.\"{host}:PORT\"]"
     )]
     Port {
+        /// Where its blob was to come from.
+        place: Box<BlobRef>,
         /// The registry without port.
         host: String,
         /// What failed.
@@ -224,20 +232,29 @@ impl ImageLayers {
             content_namespace = Some(namespace.to_owned());
         }
         let Some(resolution) = self.resolutions.start(places) else { return Err(Decline::Removed(place.digest)) };
-        // The whole image is resolved at its first Prepare: containerd asks for one layer after the other.
-        for places in above {
-            if !places.iter().any(is_known) {
+        // The whole image is resolved at its first Prepare: containerd asks for one layer after the other. Not what is on this
+        // machine, whose chunks would begin to come.
+        let above = above.into_iter().filter(|places| !places.iter().any(is_known)).map(async |places| {
+            let is_local = match (request.namespace, places.first()) {
+                (Some(namespace), Some(place)) => self.is_local(namespace, place.digest).await,
+                _ => false,
+            };
+            if !is_local {
                 self.resolutions.start(places);
             }
-        }
+        });
+        join_all(above).await;
         let deadline = request.deadline.map(|deadline| {
             let now = Instant::now();
             now + Instant::from_std(deadline).saturating_duration_since(now).mul_f64(DEADLINE_SHARE)
         });
         let waited = resolution.wait(self.stall, deadline).await;
-        let (layer, place) = waited.map_err(|source| match host {
-            Some(host) => Decline::Port { host, source },
-            None => source.into(),
+        let (layer, place) = waited.map_err(|source| {
+            let place = Box::new(place);
+            match host {
+                Some(host) => Decline::Port { place, host, source },
+                None => Decline::Wait { place, source },
+            }
         })?;
         Ok(Known { layer, place, content_namespace })
     }
@@ -247,7 +264,8 @@ impl ImageLayers {
         let diff_id = backing.diff_id;
         let hold = self.store.hold(diff_id).await;
         // Between the answer and the hold another image's removal may have let the layer go.
-        let layer = self.node.layer(diff_id).ok_or(Decline::Removed(diff_id))?;
+        let layer = self.node.layer(diff_id).filter(|layer| !layer.has_wrong_index());
+        let layer = layer.ok_or(Decline::Removed(diff_id))?;
         self.add_content_source(&layer, &backing);
         let (store, mounts) = (self.store.clone(), self.mounts.clone());
         let (name, parent) = (request.target.to_owned(), request.parent.map(str::to_owned));

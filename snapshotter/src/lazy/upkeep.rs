@@ -19,6 +19,17 @@ const ORPHAN_AGE: Duration = Duration::from_secs(1800);
 /// How often other indexes are asked for where one was found to be wrong.
 const RENEW_PAUSE: Duration = Duration::from_secs(60);
 
+/// Why a layer that no snapshot names was not freed.
+#[derive(Debug, thiserror::Error)]
+enum OrphanError {
+    /// Whether one does is not known.
+    #[error(transparent)]
+    Records(#[from] StoreError),
+    /// The disk failed.
+    #[error(transparent)]
+    Layer(#[from] node::store::StoreError),
+}
+
 impl ImageLayers {
     /// After a start: lets go of what no snapshot refers to, mounts what is not mounted (all of it after a reboot), and gives the
     /// layers their sources again. A layer that cannot be mounted is logged and left; the others go on. Blocks; no network.
@@ -40,68 +51,86 @@ impl ImageLayers {
             }
         }
         for (snapshot, backing) in &lazy {
-            let Some(layer) = self.node.layer(backing.diff_id) else {
-                tracing::error!(snapshot = snapshot.name, layer = %backing.diff_id, "the layer of a snapshot is missing on disk");
-                continue;
-            };
             self.images.learn(backing.registry.clone());
-            self.resolutions.resolver().add_sources(&layer, &backing.blob_ref());
-            self.add_content_source(&layer, backing);
-            let lowers = self.store.lowers(snapshot.record.parent.as_deref());
-            if let Err(error) = self.mounts.attach(backing.chain_id, &layer, lowers) {
-                tracing::error!(snapshot = snapshot.name, %error, "cannot mount a layer");
+            if let Some(layer) = self.node.layer(backing.diff_id) {
+                self.resolutions.resolver().add_sources(&layer, &backing.blob_ref());
+                self.add_content_source(&layer, backing);
             }
+            self.mount(snapshot, backing);
         }
         Ok(())
     }
 
     /// Asks seeders for other indexes of layers whose index was found to be wrong, for the daemon's whole life, and mounts what comes.
     /// No network is used where there is no such layer.
-    pub async fn renew_quarantined(self: Arc<Self>) {
+    pub async fn renew_for_ever(self: Arc<Self>) {
         loop {
             tokio::time::sleep(RENEW_PAUSE).await;
-            if !self.node.layers().iter().any(|layer| layer.has_wrong_index()) {
-                continue;
-            }
-            for layer in self.node.layers().iter().filter(|layer| layer.has_wrong_index()) {
-                let diff_id = layer.diff_id();
-                if let Err(error) = self.renew(diff_id).await {
-                    tracing::debug!(layer = %diff_id, error = format!("{error:#}"), "a quarantined layer cannot be had anew yet");
-                }
+            self.renew_quarantined().await;
+        }
+    }
+
+    /// Does so once.
+    pub async fn renew_quarantined(self: &Arc<Self>) {
+        for layer in self.node.layers().iter().filter(|layer| layer.has_wrong_index()) {
+            let diff_id = layer.diff_id();
+            if let Err(error) = self.renew(diff_id).await {
+                tracing::debug!(layer = %diff_id, error = format!("{error:#}"), "a quarantined layer cannot be had anew yet");
             }
         }
     }
 
     /// Gets the layer with another index, and mounts it for the snapshots that stand on it.
-    async fn renew(&self, diff_id: Digest) -> anyhow::Result<()> {
+    async fn renew(self: &Arc<Self>, diff_id: Digest) -> anyhow::Result<()> {
+        if self.blocking(move |layers| Ok(layers.free_orphan(diff_id)?)).await? {
+            return Ok(());
+        }
         let _hold = self.store.hold(diff_id).await;
-        let (mounts, store) = (self.mounts.clone(), self.store.clone());
-        // First: nothing that was made of the wrong index may be found beside the new one, also after a crash.
-        let detached = tokio::task::spawn_blocking(move || -> anyhow::Result<Vec<(Snapshot, LazyBacking)>> {
-            let mut standing = store.lazy()?;
-            standing.retain(|(_, backing)| backing.diff_id == diff_id);
-            // A parent was committed before its children were made, so its id is lower.
-            standing.sort_by_key(|(snapshot, _)| snapshot.record.id);
-            standing.iter().try_for_each(|(_, backing)| mounts.detach(backing.chain_id))?;
-            Ok(standing)
-        });
-        let standing = detached.await??;
-        let Some((_, backing)) = standing.first() else { return Ok(()) };
+        let affected = self.blocking(move |layers| Ok(layers.store.lazy_from(diff_id)?)).await?;
+        let renewed = || affected.iter().map(|(_, backing)| backing).filter(|backing| backing.diff_id == diff_id);
+        let Some(backing) = renewed().next() else { return Ok(()) };
         let (progress, _) = watch::channel(Progress::default());
-        let layer = self.resolutions.resolver().resolve(&backing.blob_ref(), progress).await?;
-        anyhow::ensure!(layer.diff_id() == diff_id, "the blob's index names {} now", layer.diff_id());
-        let (mounts, store) = (self.mounts.clone(), self.store.clone());
-        let mounted = layer.clone();
-        tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
-            for (snapshot, backing) in standing {
-                let lowers = store.lowers(snapshot.record.parent.as_deref());
-                mounts.attach(backing.chain_id, &mounted, lowers)?;
-            }
+        let fetched = self.resolutions.resolver().fetch_anew(&backing.blob_ref(), progress).await?;
+        anyhow::ensure!(fetched.diff_id() == diff_id, "the blob's index names {} now", fetched.diff_id());
+        // Before the new one is there: nothing that was made of the wrong index may be found beside it, also after a crash. Layers
+        // above have what the wrong one said of directories that they leave out.
+        let chains: Vec<_> = affected.iter().map(|(_, backing)| backing.chain_id).collect();
+        let detach = move |layers: &Self| Ok(chains.iter().try_for_each(|chain| layers.mounts.detach(*chain))?);
+        let inserted = match self.blocking(detach).await {
+            Ok(()) => fetched.insert().await.map_err(anyhow::Error::from),
+            Err(error) => Err(error),
+        };
+        if let Ok(layer) = &inserted {
+            renewed().for_each(|backing| self.add_content_source(layer, backing));
+        }
+        self.blocking(move |layers| {
+            affected.iter().for_each(|(snapshot, backing)| layers.mount(snapshot, backing));
             Ok(())
         })
-        .await??;
+        .await?;
+        let layer = inserted?;
         tracing::info!(%layer, "a quarantined layer has another index: new containers use it");
         Ok(())
+    }
+
+    /// Mounts the layer of `snapshot` where it is not mounted. Blocks.
+    fn mount(&self, snapshot: &Snapshot, backing: &LazyBacking) {
+        let Some(layer) = self.node.layer(backing.diff_id) else {
+            tracing::error!(snapshot = snapshot.name, layer = %backing.diff_id, "the layer of a snapshot is missing on disk");
+            return;
+        };
+        let lowers = self.store.lowers(snapshot.record.parent.as_deref());
+        if let Err(error) = self.mounts.attach(backing.chain_id, &layer, lowers) {
+            tracing::error!(snapshot = snapshot.name, %error, "cannot mount a layer");
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let layers = self.clone();
+        tokio::task::spawn_blocking(move || work(&layers)).await?
     }
 
     /// Frees layers that were made known and never committed, for the daemon's whole life: the pull was given up, or
@@ -125,13 +154,21 @@ impl ImageLayers {
         let mut freed = 0;
         for layer in self.node.layers().into_iter().filter(|layer| layer.idle() >= age) {
             let diff_id = layer.header().diff_id();
-            // Nobody can begin to commit a snapshot of it while this is held.
-            let Some(_release) = self.store.begin_orphan(diff_id)? else { continue };
-            match self.node.remove(diff_id) {
-                Ok(removed) => freed += usize::from(removed),
-                Err(error) => tracing::warn!(layer = %diff_id, %error, "cannot delete a layer that no snapshot names"),
+            match self.free_orphan(diff_id) {
+                Ok(is_freed) => freed += usize::from(is_freed),
+                Err(OrphanError::Records(error)) => return Err(error),
+                Err(OrphanError::Layer(error)) => {
+                    tracing::warn!(layer = %diff_id, %error, "cannot delete a layer that no snapshot names");
+                }
             }
         }
         Ok(freed)
+    }
+
+    /// Frees the layer if no snapshot names it; gives whether none did.
+    fn free_orphan(&self, diff_id: Digest) -> Result<bool, OrphanError> {
+        // Nobody can begin to commit a snapshot of it while this is held.
+        let Some(_release) = self.store.begin_orphan(diff_id)? else { return Ok(false) };
+        Ok(self.node.remove(diff_id)?)
     }
 }

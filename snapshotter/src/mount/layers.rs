@@ -1,6 +1,6 @@
 //! The mounts of lazy layers: one directory a chain id, on which the layer's EROFS image is mounted.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -18,8 +18,9 @@ use parking_lot::Mutex;
 use super::erofs::{ErofsMount, MountError, Unmounted, unmount};
 use super::helper::{self, Helper};
 use super::lower::LowerRoots;
-use super::table::mounts_below;
-use crate::snapshots::{LazyBacking, StoreError};
+use super::seal::{Sealing, is_intact};
+use super::table::{Mounted, mounts_below};
+use crate::snapshots::{LazyBacking, Quarantine, StoreError};
 
 /// Why a layer could not be attached.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +59,7 @@ pub struct LayerMounts {
     devices: PathBuf,
     helper: Helper,
     /// What is mounted, by directory name. Held while mounting, so that a chain is mounted once.
-    mounted: Arc<Mutex<HashSet<String>>>,
+    mounted: Arc<Mutex<Shown>>,
     /// Images that are not on disk for certain.
     unsynced: mpsc::Sender<ChainId>,
 }
@@ -76,6 +77,9 @@ const TRIM_ENTRIES: u32 = 10_000;
 
 /// Ends the names of mounts over devices on disk. In the alphabet of no key.
 const DISK_SUFFIX: char = '~';
+
+/// Directories on which something is mounted, with the number of the layer that it shows; `None`: as an earlier daemon left it.
+type Shown = HashMap<String, Option<u64>>;
 
 /// Which device a mount reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,17 +105,9 @@ impl LayerMounts {
         }
         let lock = root.join("mount.lock");
         helper::settle(&lock)?;
-        let mut mounted = HashSet::new();
-        for mount in mounts_below(&mounts).map_err(MountError::io(&mounts))? {
-            let name = mount.target.strip_prefix(&mounts).ok().and_then(|name| name.to_str()).unwrap_or_default();
-            if name.is_empty() {
-                continue;
-            }
-            let dead = !adopted && !name.ends_with(DISK_SUFFIX);
-            // Mounted twice on one directory by a crash between two daemons: one is enough.
-            if dead || !mounted.insert(name.to_owned()) {
-                unmount(&mount.target).map_err(MountError::io(&mount.target))?;
-            }
+        let (mounted, leftover) = sort_out(mounts_below(&mounts).map_err(MountError::io(&mounts))?, &mounts, adopted);
+        for target in &leftover {
+            unmount(target).map_err(MountError::io(target))?;
         }
         if !adopted {
             // The machine may have crashed.
@@ -121,6 +117,7 @@ impl LayerMounts {
                 }
             }
         }
+        let mounted: Shown = mounted.into_iter().map(|name| (name, None)).collect();
         let mounted = Arc::new(Mutex::new(mounted));
         let (unsynced, chains) = mpsc::channel();
         let syncer = Syncer { images: images.clone(), mounted: mounted.clone() };
@@ -143,11 +140,11 @@ impl LayerMounts {
         let name = name(chain, Over::Fuse);
         layer.set_mounted(true);
         self.keep_pinned(chain, layer);
-        if self.mounted.lock().contains(&name) {
+        if self.shows(chain, layer)? {
             layer.set_filling(true);
             return Ok(());
         }
-        if self.image(chain).is_none() {
+        if !self.has_intact_image(chain) {
             let built = self.build(chain, layer, lowers);
             // The tree of a layer takes some hundred bytes a path, and no other allocation will need as much.
             if layer.header().entry_count() > TRIM_ENTRIES {
@@ -158,7 +155,7 @@ impl LayerMounts {
             let _ = self.unsynced.send(chain);
         }
         let mut mounted = self.mounted.lock();
-        if mounted.contains(&name) {
+        if mounted.contains_key(&name) {
             return Ok(());
         }
         let mount = ErofsMount {
@@ -168,10 +165,24 @@ impl LayerMounts {
         };
         fs::create_dir_all(&mount.target).map_err(MountError::io(&mount.target))?;
         self.helper.mount(std::slice::from_ref(&mount))?;
-        mounted.insert(name);
+        mounted.insert(name, Some(layer.number()));
         drop(mounted);
         layer.set_filling(true);
         Ok(())
+    }
+
+    /// Whether `chain` is mounted and shows this very layer. A mount of one that was removed since is detached, and its image, which
+    /// was made of another index, deleted.
+    fn shows(&self, chain: ChainId, layer: &Layer) -> Result<bool, MountError> {
+        let shown = {
+            let mut mounted = self.mounted.lock();
+            let Some(shown) = mounted.get_mut(&name(chain, Over::Fuse)) else { return Ok(false) };
+            *shown.get_or_insert(layer.number())
+        };
+        if shown != layer.number() {
+            self.detach(chain)?;
+        }
+        Ok(shown == layer.number())
     }
 
     /// The mount over the complete device, made now if it is not there.
@@ -179,7 +190,7 @@ impl LayerMounts {
         let name = name(chain, Over::Disk);
         let target = self.mounts.join(&name);
         let mut mounted = self.mounted.lock();
-        if mounted.contains(&name) {
+        if mounted.contains_key(&name) {
             return Some(target);
         }
         let image = self.image(chain)?;
@@ -196,7 +207,7 @@ impl LayerMounts {
         let done = fs::create_dir_all(&target).map_err(MountError::io(&target)).and_then(|()| mount.mount());
         match done {
             Ok(()) => {
-                mounted.insert(name);
+                mounted.insert(name, Some(layer.number()));
                 Some(target)
             }
             Err(error) => {
@@ -210,7 +221,7 @@ impl LayerMounts {
     /// A daemon before this one may have mounted the device without a mark on it.
     fn keep_pinned(&self, chain: ChainId, layer: &Layer) {
         let name = name(chain, Over::Disk);
-        if self.mounted.lock().contains(&name)
+        if self.mounted.lock().contains_key(&name)
             && let Err(error) = layer.pin_anyway(&name)
         {
             tracing::warn!(%chain, %error, "cannot note that a device is read from disk");
@@ -237,7 +248,7 @@ impl LayerMounts {
 
     /// Whether `chain` is mounted.
     pub fn is_attached(&self, chain: ChainId) -> bool {
-        self.mounted.lock().contains(&name(chain, Over::Fuse))
+        self.mounted.lock().contains_key(&name(chain, Over::Fuse))
     }
 
     /// Unmounts `chain` and deletes its image. A mount that is still in use is detached.
@@ -292,6 +303,23 @@ impl LayerMounts {
         [SYNCED, UNSYNCED].map(|ending| image_path(&self.images, chain, ending)).into_iter().find(|path| path.exists())
     }
 
+    /// Whether there is an image of `chain` that is as it was made. One that is not is left to be replaced.
+    fn has_intact_image(&self, chain: ChainId) -> bool {
+        let Some(image) = self.image(chain) else { return false };
+        match is_intact(&image) {
+            Ok(true) => return true,
+            Ok(false) => tracing::warn!(image = %image.display(), "a metadata image is damaged: making it again"),
+            // It was renamed, as it is on disk for certain.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return self.image(chain).is_some(),
+            Err(error) => {
+                tracing::warn!(image = %image.display(), %error, "cannot read a metadata image: making it again");
+            }
+        }
+        // What is made gets the other name.
+        let _ = fs::remove_file(&image);
+        false
+    }
+
     fn build(
         &self,
         chain: ChainId,
@@ -312,12 +340,11 @@ impl LayerMounts {
         let failed = |reason: String| AttachError::Image { path: image.clone(), reason };
         let partial = tempfile_in(&self.images).map_err(|error| failed(error.to_string()))?;
         let result = (|| {
-            let mut out = BufWriter::with_capacity(1 << 20, &partial.1);
+            let mut out = Sealing::new(BufWriter::with_capacity(1 << 20, &partial.1));
             let lowers = LowerRoots::new(lowers);
             write_image(&tree, &options, &lowers, &mut out).map_err(|error| error.to_string())?;
             lowers.finish().map_err(|error| format!("a layer below cannot be shown: {error}"))?;
-            out.flush().map_err(|error| error.to_string())?;
-            drop(out);
+            out.finish().and_then(|mut out| out.flush()).map_err(|error| error.to_string())?;
             fs::rename(&partial.0, &image).map_err(|error| error.to_string())
         })();
         if result.is_err() {
@@ -331,26 +358,28 @@ impl crate::snapshots::LayerMounts for LayerMounts {
     /// Over the device on disk where the layer is complete and proven, else over FUSE. Only local work: milliseconds.
     fn lower(&self, _: u64, backing: &LazyBacking) -> io::Result<PathBuf> {
         let over_fuse = name(backing.chain_id, Over::Fuse);
-        if !self.mounted.lock().contains(&over_fuse) {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the layer is not mounted: the log of the daemon's start says why",
-            ));
+        if !self.mounted.lock().contains_key(&over_fuse) {
+            let reason = match crate::snapshots::LayerMounts::quarantine(self, backing) {
+                Some(Quarantine { reason, .. }) => format!("the layer is quarantined: {reason}"),
+                None => "the layer is not mounted: the log of the daemon's start says why".to_owned(),
+            };
+            return Err(io::Error::new(io::ErrorKind::NotFound, reason));
         }
         let layer = self.node.layer(backing.diff_id).filter(|layer| layer.is_proven());
         let over_disk = layer.and_then(|layer| self.over_disk(backing.chain_id, &layer));
         Ok(over_disk.unwrap_or_else(|| self.mounts.join(over_fuse)))
     }
 
-    fn quarantine(&self, backing: &LazyBacking) -> Option<String> {
-        self.node.layer(backing.diff_id)?.quarantine()
+    fn quarantine(&self, backing: &LazyBacking) -> Option<Quarantine> {
+        let layer = self.node.layer(backing.diff_id)?;
+        layer.quarantine().map(|reason| Quarantine { reason, is_wrong: layer.has_wrong_index() })
     }
 }
 
 /// Brings images to the disk in the background.
 struct Syncer {
     images: PathBuf,
-    mounted: Arc<Mutex<HashSet<String>>>,
+    mounted: Arc<Mutex<Shown>>,
 }
 
 impl Syncer {
@@ -385,6 +414,23 @@ impl Syncer {
     }
 }
 
+/// What is mounted below `mounts`, by name, and what of it to unmount, each time it is named once.
+fn sort_out(found: Vec<Mounted>, mounts: &Path, adopted: bool) -> (HashSet<String>, Vec<PathBuf>) {
+    let (mut mounted, mut leftover) = (HashSet::new(), Vec::new());
+    for Mounted { target, .. } in found {
+        let name = target.strip_prefix(mounts).ok().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.is_empty() {
+            continue;
+        }
+        let dead = !adopted && !name.ends_with(DISK_SUFFIX);
+        // Mounted twice on one directory by a crash between two daemons: one is enough.
+        if dead || !mounted.insert(name.to_owned()) {
+            leftover.push(target);
+        }
+    }
+    (mounted, leftover)
+}
+
 fn image_path(images: &Path, chain: ChainId, ending: &str) -> PathBuf {
     images.join(format!("{}.{ending}", chain.digest().hex()))
 }
@@ -413,4 +459,36 @@ fn tempfile_in(directory: &Path) -> io::Result<(PathBuf, File)> {
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let path = directory.join(format!(".{}-{number}.partial", std::process::id()));
     Ok((path.clone(), File::options().create_new(true).write(true).open(path)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_of_an_earlier_daemon_are_adopted_once_and_dead_ones_left() {
+        let found = |names: &[&str]| -> Vec<Mounted> {
+            let mounted = |name: &&str| Mounted {
+                target: Path::new("/root/m").join(name),
+                fs_type: "erofs".to_owned(),
+                source: PathBuf::new(),
+                super_options: String::new(),
+            };
+            names.iter().map(mounted).collect()
+        };
+        let sorted = |names: &[&str], adopted| {
+            let (mounted, leftover) = sort_out(found(names), Path::new("/root/m"), adopted);
+            let mut mounted: Vec<_> = mounted.into_iter().collect();
+            mounted.sort();
+            let leftover: Vec<_> =
+                leftover.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
+            (mounted, leftover)
+        };
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        assert_eq!(sorted(&["", "a", "a~", "b"], true), (names(&["a", "a~", "b"]), names(&[])));
+        // A crash between the mount and its record, and the next daemon mounted again.
+        assert_eq!(sorted(&["a", "b~", "a", "b~", "a"], true), (names(&["a", "b~"]), names(&["a", "b~", "a"])));
+        // The FUSE connection is another one: mounts over it are lost, those over the disk are not.
+        assert_eq!(sorted(&["a", "b~", "a", "b"], false), (names(&["b~"]), names(&["a", "a", "b"])));
+    }
 }

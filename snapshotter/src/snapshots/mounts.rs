@@ -16,9 +16,18 @@ pub trait LayerMounts: Send + Sync {
     fn lower(&self, id: u64, backing: &LazyBacking) -> io::Result<PathBuf>;
 
     /// Why no new container should stand on the layer, if so; those that there are go on.
-    fn quarantine(&self, _backing: &LazyBacking) -> Option<String> {
+    fn quarantine(&self, _backing: &LazyBacking) -> Option<Quarantine> {
         None
     }
+}
+
+/// Why a layer is out of service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quarantine {
+    /// In words.
+    pub reason: String,
+    /// Nothing of it can be believed, not even its names and attributes. Else only some of its bytes cannot be had.
+    pub is_wrong: bool,
 }
 
 /// For a store without lazy layers.
@@ -79,13 +88,22 @@ pub(super) fn lower(
     }
 }
 
-/// Fails where a layer below `key`, which is about to be made, is quarantined.
-pub(super) fn check_quarantine(key: &str, ancestors: &[Record], layers: &dyn LayerMounts) -> Result<(), StoreError> {
-    ancestors.iter().try_for_each(|ancestor| match &ancestor.backing {
-        Backing::Ordinary => Ok(()),
-        Backing::Lazy(backing) => layers.quarantine(backing).map_or(Ok(()), |reason| {
-            Err(StoreError::Quarantined { key: key.to_owned(), layer: backing.diff_id, reason })
-        }),
+/// Fails where a layer below `key`, which is about to be made, is quarantined. `is_unpacked_to`: it is for a layer of an image. To unpack
+/// it containerd looks at the directories below, at their attributes and not at what files have.
+pub(super) fn check_quarantine(
+    key: &str,
+    ancestors: &[Record],
+    layers: &dyn LayerMounts,
+    is_unpacked_to: bool,
+) -> Result<(), StoreError> {
+    ancestors.iter().try_for_each(|ancestor| {
+        let Backing::Lazy(backing) = &ancestor.backing else { return Ok(()) };
+        match layers.quarantine(backing) {
+            Some(Quarantine { reason, is_wrong }) if is_wrong || !is_unpacked_to => {
+                Err(StoreError::Quarantined { key: key.to_owned(), layer: backing.diff_id, reason })
+            }
+            _ => Ok(()),
+        }
     })
 }
 

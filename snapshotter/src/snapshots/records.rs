@@ -47,6 +47,9 @@ trait Place: std::fmt::Debug + Send + Sync {
 
     /// Opens the database, or makes it where there is none.
     fn open(&self) -> Result<Database, OpenError>;
+
+    /// The database is open, and one of this version's.
+    fn settle(&self) {}
 }
 
 /// A file.
@@ -406,6 +409,7 @@ fn open_database(place: &dyn Place) -> Result<Database, OpenError> {
         let path = place.path().to_owned();
         return Err(OpenError::NewerFormat { path, found, supported: FORMAT });
     }
+    place.settle();
     Ok(database)
 }
 
@@ -421,13 +425,15 @@ impl Place for OnDisk {
     fn open(&self) -> Result<Database, OpenError> {
         let Self(path) = self;
         create_database(path).map_err(|error| failed(path)(error.into()))?;
-        let database = builder().open(path).map_err(|error| match error {
+        builder().open(path).map_err(|error| match error {
             redb::DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.to_owned() },
             error => failed(path)(error.into()),
-        })?;
+        })
+    }
+
+    fn settle(&self) {
         // What cannot be had now was not needed yet.
-        let _ = fill_holes(path);
-        Ok(database)
+        let _ = fill_holes(&self.0);
     }
 }
 

@@ -130,6 +130,7 @@ impl Store {
     /// container's root where ids are mapped.
     pub fn create(&self, creation: Creation<'_>) -> Result<Vec<Mount>, StoreError> {
         let Creation { kind, key, parent, labels, declined, id_maps } = creation;
+        let is_unpacked_to = labels.contains_key(SNAPSHOT_REF);
         let owner = self.records.parent(parent)?.map(|top| -> Result<_, StoreError> {
             let root = mounts::lower(key, &top, &self.directories, &*self.layers)?;
             Owner::of(&root).map_err(|source| StoreError::Directory { action: "read the owner of", path: root, source })
@@ -143,7 +144,7 @@ impl Store {
             source,
         })?;
         let chain = self.records.create(NewSnapshot { id: new.id, kind, key, parent, labels, declined, id_maps })?;
-        let mounts = mounts::check_quarantine(key, &chain.ancestors, &*self.layers)
+        let mounts = mounts::check_quarantine(key, &chain.ancestors, &*self.layers, is_unpacked_to)
             .and_then(|()| mounts::mounts(key, &chain, &self.directories, &*self.layers, &self.overlay));
         if mounts.is_err() {
             // A failed Prepare must leave nothing that the next one would find in its way.
@@ -199,6 +200,26 @@ impl Store {
             })
             .map(|(backing, snapshot)| (snapshot, backing))
             .collect())
+    }
+
+    /// The committed lazy snapshots of the layer with this diffID and of all layers above it, lower ones first.
+    pub fn lazy_from(&self, diff_id: Digest) -> Result<Vec<(Snapshot, LazyBacking)>, StoreError> {
+        let mut committed = self.records.list(|snapshot| snapshot.record.kind == Kind::Committed)?;
+        // A parent was committed before its children were made, so its id is lower.
+        committed.sort_by_key(|snapshot| snapshot.record.id);
+        let (mut names, mut found) = (HashSet::new(), Vec::new());
+        for snapshot in committed {
+            let backing = match &snapshot.record.backing {
+                Backing::Lazy(backing) => Some(backing.clone()),
+                Backing::Ordinary => None,
+            };
+            let is_it = backing.as_ref().is_some_and(|backing| backing.diff_id == diff_id);
+            if is_it || snapshot.record.parent.as_ref().is_some_and(|parent| names.contains(parent)) {
+                names.insert(snapshot.name.clone());
+                found.extend(backing.map(|backing| (snapshot, backing)));
+            }
+        }
+        Ok(found)
     }
 
     /// Fails unless `parent` is a committed snapshot or `None`.
@@ -492,6 +513,27 @@ mod tests {
         assert_eq!(store.stat(&name).expect("is there").record.labels[SNAPSHOT_REF], "t");
         assert!(store.lazy_target("t", Some("nobody")).is_err());
         assert_eq!(store.lazy().expect("lists").len(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_stands_on_a_layer_is_found_through_ordinary_snapshots() {
+        let (_root, store) = open();
+        for (target, parent, tar) in
+            [("a", None, b"a"), ("b", Some("a"), b"b"), ("c", None, b"c"), ("a2", Some("c"), b"a")]
+        {
+            commit_lazy(&store, target, parent, tar).await;
+        }
+        store.create(Creation::new(Kind::Active, "k", Some("b"))).expect("creates");
+        store.commit("unpacked", "k", None, Labels::new()).expect("commits");
+        commit_lazy(&store, "d", Some("unpacked"), b"d").await;
+        let names = |tar: &[u8]| -> Vec<String> {
+            let found = store.lazy_from(Digest::of(tar)).expect("lists");
+            found.into_iter().map(|(snapshot, _)| snapshot.name).collect()
+        };
+        assert_eq!(names(b"a"), ["a", "b", "a2", "d"]);
+        assert_eq!(names(b"c"), ["c", "a2"]);
+        assert_eq!(names(b"d"), ["d"]);
+        assert!(names(b"x").is_empty());
     }
 
     #[tokio::test]

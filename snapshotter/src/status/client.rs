@@ -7,7 +7,9 @@ use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use layer::Digest;
 use proto::drover::node::v1::node_client::NodeClient;
-use proto::drover::node::v1::{CompleteProgress, CompleteRequest, StatusRequest, StatusResponse};
+use proto::drover::node::v1::{
+    CompleteProgress, CompleteRequest, ScrubRequest, ScrubResponse, StatusRequest, StatusResponse,
+};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use tonic::Code;
@@ -30,6 +32,12 @@ pub async fn status(socket: &Path) -> anyhow::Result<StatusResponse> {
         .with_context(|| format!("no answer within {PATIENCE:?}"))
         .flatten()
         .with_context(|| cannot_ask(socket))
+}
+
+/// Lets the daemon at `socket` compare all that is on its disk with the digests, and waits for it.
+pub async fn scrub(socket: &Path) -> anyhow::Result<ScrubResponse> {
+    let ask = async { anyhow::Ok(self::ask(socket).await?.scrub(ScrubRequest {}).await?.into_inner()) };
+    ask.await.with_context(|| cannot_ask(socket))
 }
 
 /// Lets the daemon at `socket` fetch the layers with these blobs whole and waits for it; a daemon that is restarted meanwhile is

@@ -33,6 +33,10 @@ fn write_status(out: &mut String, status: &StatusResponse, layers: bool) -> fmt:
     if !quarantined.is_empty() {
         writeln!(out, "quarantined layers: {}; no new container is made on them", quarantined.len())?;
     }
+    let rotten = status.counters.as_ref().map_or(0, |counters| counters.rotten_chunks);
+    if rotten > 0 {
+        writeln!(out, "chunks that were damaged on this disk and are fetched again: {rotten}; look after the disk")?;
+    }
     if status.images.is_empty() {
         writeln!(out, "no images")?;
     }
@@ -103,7 +107,7 @@ fn image_state(image: &Image) -> &'static str {
     }
 }
 
-fn state_name(state: LayerState) -> &'static str {
+pub(super) fn state_name(state: LayerState) -> &'static str {
     match state {
         LayerState::Ordinary => "ordinary",
         LayerState::Partial => "partial",
@@ -132,6 +136,8 @@ fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proto::drover::node::v1::Counters;
+
     use super::*;
 
     #[test]
@@ -151,10 +157,9 @@ mod tests {
             version: "0.1.0".into(),
             images: vec![Image { name: "registry/demo:v1".into(), layers: vec![lazy, ordinary] }],
             bytes_here: 1 << 20,
-            not_lazy: String::new(),
             bytes_max: 8 << 20,
             disk_bytes: 2 << 20,
-            mesh: None,
+            ..StatusResponse::default()
         };
         let text = render(&status, false);
         assert!(text.contains("2.0 MiB on disk, 1.0 MiB of at most 8.0 MiB in the devices"), "{text}");
@@ -166,6 +171,31 @@ mod tests {
         assert!(!text.contains("sha256:bb"), "{text}");
         assert!(render(&status, true).contains("sha256:bb partial"));
         assert!(!text.contains("mesh"), "{text}");
+    }
+
+    #[test]
+    fn shows_what_is_quarantined_and_rotten() {
+        let quarantined = Layer {
+            state: LayerState::Quarantined.into(),
+            blob: "sha256:bb".into(),
+            device_size: 4 << 20,
+            bytes_here: 1 << 20,
+            reason: "chunk 7 came wrong".into(),
+            ..Layer::default()
+        };
+        let complete = Layer { state: LayerState::Complete.into(), blob: "sha256:cc".into(), ..Layer::default() };
+        let image = |name: &str| Image { name: name.into(), layers: vec![complete.clone(), quarantined.clone()] };
+        let mut status = StatusResponse {
+            images: vec![image("registry/a:v1"), image("registry/b:v1")],
+            ..StatusResponse::default()
+        };
+        let text = render(&status, false);
+        assert!(text.contains("quarantined layers: 1; no new container is made on them"), "{text}");
+        assert!(text.contains("registry/a:v1\n  quarantined: 2 of 2 layers lazy"), "{text}");
+        assert!(text.contains("    2 sha256:bb quarantined, 1.0 MiB of 4.0 MiB: chunk 7 came wrong"), "{text}");
+        assert!(!text.contains("sha256:cc") && !text.contains("damaged"), "{text}");
+        status.counters = Some(Counters { rotten_chunks: 2, ..Counters::default() });
+        assert!(render(&status, false).contains("damaged on this disk and are fetched again: 2;"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The node's status over gRPC, on the socket that containerd uses.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use futures_util::stream::{self, BoxStream, StreamExt};
 use node::counters::CounterValues;
@@ -36,6 +36,18 @@ impl NodeService for StatusService {
             .map_err(|error| Status::internal(error.to_string()))?;
         status.mesh = self.mesh.as_ref().map(|watch| mesh(watch.standing(), &self.layers.node.counters()));
         Ok(Response::new(status))
+    }
+
+    async fn scrub(&self, _: Request<api::ScrubRequest>) -> Result<Response<api::ScrubResponse>, Status> {
+        let node = self.layers.node.clone();
+        // Dropped with the call: nobody waits for the rest.
+        let (call, is_over) = (Arc::new(()), |call: &Weak<()>| call.strong_count() == 0);
+        let caller = Arc::downgrade(&call);
+        let scrubbed = tokio::task::spawn_blocking(move || node.scrub(&mut || !is_over(&caller)))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        drop(call);
+        Ok(Response::new(api::ScrubResponse { bytes: scrubbed.bytes, rotten_chunks: scrubbed.rotten }))
     }
 
     type CompleteStream = BoxStream<'static, Result<api::CompleteProgress, Status>>;
@@ -95,7 +107,32 @@ fn collect(layers: &ImageLayers) -> Result<api::StatusResponse, StoreError> {
         disk_bytes: layers.store.disk_bytes()?,
         not_lazy: layers.ability.as_ref().and_then(|ability| ability.refusal()).unwrap_or_default(),
         mesh: None,
+        counters: Some(counters(&layers.node.counters())),
     })
+}
+
+fn counters(values: &CounterValues) -> api::Counters {
+    api::Counters {
+        bytes_by_source: bytes_by_source(values),
+        wrong_chunks: values.wrong_chunks,
+        rotten_chunks: values.rotten_chunks,
+        unstored_chunks: values.unstored_chunks,
+        expired_chunks: values.expired_chunks,
+        failed_reads: values.reads_failed,
+        waited_reads: values.reads_waited,
+        waited_micros: u64::try_from(values.waited.as_micros()).unwrap_or(u64::MAX),
+        evicted_bytes: values.evicted_bytes,
+    }
+}
+
+fn bytes_by_source(values: &CounterValues) -> HashMap<String, u64> {
+    let name = |kind| match kind {
+        SourceKind::Local => "containerd",
+        SourceKind::Peer => "peers",
+        SourceKind::Seeder => "seeder",
+        SourceKind::Registry => "registry",
+    };
+    values.wire_bytes().map(|(kind, bytes)| (name(kind).to_owned(), bytes)).into()
 }
 
 /// A name for an image whose pull did not say one.
@@ -125,19 +162,7 @@ fn layer(layers: &ImageLayers, snapshot: &Snapshot) -> api::Layer {
     };
     shown.device_size = layer.header().device_size();
     shown.bytes_here = layer.disk_bytes();
-    let counters = layer.counters();
-    shown.bytes_by_source = counters
-        .wire_bytes()
-        .map(|(kind, bytes)| {
-            let source = match kind {
-                SourceKind::Local => "containerd",
-                SourceKind::Peer => "peers",
-                SourceKind::Seeder => "seeder",
-                SourceKind::Registry => "registry",
-            };
-            (source.to_owned(), bytes)
-        })
-        .into();
+    shown.bytes_by_source = bytes_by_source(&layer.counters());
     let state = if let Some(reason) = layer.quarantine() {
         shown.reason = reason;
         api::LayerState::Quarantined
