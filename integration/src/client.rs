@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::containerd::with_path;
-use crate::image::Image;
-use crate::process::{run, wait_for};
+use crate::image::{Image, small};
+use crate::process::{run, run_for_bytes, wait_for};
 use crate::scene::{Node, Scene};
 use crate::tools::{self, Release};
 
@@ -258,13 +258,24 @@ impl<'a> Client<'a> {
         Ok(printed.strip_suffix(own).unwrap_or(&printed).to_owned())
     }
 
-    /// Makes an image of a container as it is; `false` where the client has no word for that.
-    pub fn commit(&self, container: &Container, reference: &str) -> Result<bool> {
-        if self.way != Way::Nerdctl {
-            return Ok(false);
+    /// Makes an image of a container as it is, and gives its reference; `image` is what the container was started from. Only
+    /// nerdctl has a word for that. For the others containerd makes a layer of the container's snapshot, and the image with
+    /// that layer is pushed and pulled.
+    pub fn commit(&self, container: &Container, image: &Image) -> Result<String> {
+        if self.way == Way::Nerdctl {
+            let reference = "committed.test/image:1";
+            run(&mut self.program(&["commit", &container.id, reference]))?;
+            return Ok(reference.to_owned());
         }
-        run(&mut self.program(&["commit", &container.id, reference]))?;
-        Ok(true)
+        let gzip = "application/vnd.oci.image.layer.v1.tar+gzip";
+        let mut difference = self.ctr(&["snapshot", "--snapshotter", "drover", "diff", "--media-type", gzip]);
+        let layer = run_for_bytes(difference.arg(&container.id)).context("cannot make a layer of a container")?;
+        let committed = image.with_layer(&self.folder.join("committed"), &layer, small::PATH)?;
+        let registry = self.scene.registry.as_ref().context("nowhere to push a committed image to")?;
+        let repository = format!("test/committed-{}", format!("{:?}", self.way).to_lowercase());
+        let reference = registry.push(&self.scene.network, &committed, &repository, "1")?;
+        self.pull(&reference)?;
+        Ok(reference)
     }
 
     /// Ends and removes a container.

@@ -161,6 +161,12 @@ impl Containerd {
         sizes(store.join("blobs/sha256")) + unfinished.sum::<u64>()
     }
 
+    /// Whether the whole blob `digest` is in its content store.
+    pub fn has_blob(&self, digest: &str) -> bool {
+        let blobs = self.root.join("io.containerd.content.v1.content/blobs/sha256");
+        blobs.join(digest.trim_start_matches("sha256:")).exists()
+    }
+
     /// `ctr` with its address and `arguments`.
     pub fn ctr(&self, network: &Network, arguments: &[&str]) -> Command {
         let mut command = network.command(self.place, self.tools.containerd.join("ctr"));

@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use proto::drover::node::v1::node_client::NodeClient;
 use proto::drover::node::v1::{Layer, LayerState, StatusRequest, StatusResponse};
 use snapshotter::keeper;
@@ -20,7 +22,7 @@ use crate::tools::Tools;
 pub const LOG: &str = "DROVER_LAB_LOG";
 
 /// The seeder's port.
-const PORT: u16 = 7070;
+pub(crate) const PORT: u16 = 7070;
 
 /// What both daemons leave free: everything else on this disk is none of the lab's business, and tests must not depend on it.
 pub(crate) const KEEP_FREE: &str = "[cache]\nkeep_free = \"256MiB\"\n";
@@ -67,6 +69,17 @@ impl Cluster {
     }
 }
 
+/// Where a seeder listens on its host, and what it keeps where.
+#[derive(Clone, Copy, Debug)]
+pub struct Seat<'a> {
+    /// Port.
+    pub port: u16,
+    /// Folder of its configuration and log.
+    pub folder: &'a Path,
+    /// Folder of its store.
+    pub store: &'a Path,
+}
+
 /// A running seeder.
 #[derive(Debug)]
 pub struct Seeder {
@@ -76,22 +89,22 @@ pub struct Seeder {
 }
 
 impl Seeder {
-    /// Starts a seeder with its store in `folder`; a store that is there already is used. `extra` is added to its configuration.
+    /// Starts a seeder at `seat`; a store that is there already is used. `extra` is added to its configuration.
     pub fn start(
         tools: &Tools,
         network: &Network,
         cluster: &Cluster,
-        folder: &Path,
+        seat: Seat<'_>,
         plain_registry: Option<&str>,
         extra: &str,
     ) -> Result<Self> {
+        let Seat { port, folder, store } = seat;
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let address = format!("{}:{PORT}", network.address(Place::Seeder));
+        let address = format!("{}:{port}", network.address(Place::Seeder));
         let config = folder.join("seeder.toml");
-        let mut text = format!("listen = \"{address}\"\nroot = \"{}\"\n", folder.join("store").display());
+        let mut text = format!("listen = \"{address}\"\nroot = \"{}\"\n", store.display());
         text.push_str(&cluster.of_seeder());
         text.push_str(&registry_entry(plain_registry));
-        text.push_str(KEEP_FREE);
         text.push_str(extra);
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
         let mut command = network.command(Place::Seeder, &tools.seeder);
@@ -134,7 +147,7 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Starts a snapshotter at `place` with its configuration and log in `folder`, its store in `root` and its sockets in `sockets`. `extra` is added to its configuration.
+    /// Starts a snapshotter of the `seeders` at `place` with its configuration and log in `folder`, its store in `root` and its sockets in `sockets`. `extra` is added to its configuration.
     #[expect(clippy::too_many_arguments, reason = "each is one line of the configuration")]
     pub fn start(
         tools: &Tools,
@@ -145,7 +158,7 @@ impl Snapshotter {
         root: PathBuf,
         sockets: &Path,
         containerd: &Path,
-        seeder: &str,
+        seeders: &[String],
         plain_registry: Option<&str>,
         extra: &str,
     ) -> Result<Self> {
@@ -157,7 +170,7 @@ impl Snapshotter {
             text.push_str(&format!("log = \"{filter}\"\n"));
         }
         text.push_str(&format!("[containerd]\nsocket = \"{}\"\n", containerd.display()));
-        text.push_str(&format!("[seeder]\naddresses = [\"{seeder}\"]\n"));
+        text.push_str(&format!("[seeder]\naddresses = {seeders:?}\n"));
         text.push_str(&cluster.of_node());
         text.push_str(&registry_entry(plain_registry));
         text.push_str(extra);
@@ -212,6 +225,15 @@ impl Snapshotter {
         })
         .with_context(|| format!("{:?}\n{}", keeper::status(runtime), self.daemon.log_tail()))?;
         pair.context("no pair")
+    }
+
+    /// Kills the daemon and waits until its keeper has started another one.
+    pub fn restart_daemon(&self) -> Result<()> {
+        let before = self.pair(|_| true)?;
+        let daemon = before.daemon.context("no daemon")?;
+        kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
+        self.pair(|now| now.daemon != before.daemon)?;
+        Ok(())
     }
 
     /// Its status, asked as `drover-snapshotter status` does.

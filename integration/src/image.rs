@@ -185,6 +185,13 @@ impl Image {
         linked.collect()
     }
 
+    /// This image with `blob` on top, a tar packed with gzip, in `folder`.
+    pub fn with_layer(&self, folder: &Path, blob: &[u8], path_variable: &str) -> Result<Self> {
+        let mut layers = self.link_layers(folder)?;
+        layers.push(Layer::from_gzip(folder, blob)?);
+        Self::assemble(folder, &layers, path_variable)
+    }
+
     /// This image behind an index in `folder`, where it comes after `elsewhere` for an architecture that no test machine has.
     pub fn behind_index(&self, folder: &Path, family: Family, elsewhere: &Self) -> Result<Self> {
         let entry = |image: &Self, architecture: &str| {
@@ -199,17 +206,26 @@ impl Image {
         Ok(Self { manifest: store(folder, family.index(), &index)?, ..self.clone() })
     }
 
-    /// containerd's name of its top layer on all those below.
-    pub fn chain_id(&self) -> Result<String> {
+    /// containerd's names of its layers, each on all those below; the lowest first.
+    pub fn chain_ids(&self) -> Result<Vec<String>> {
         let config =
             fs::read(&self.config.path).with_context(|| format!("cannot read {}", self.config.path.display()))?;
         let config: Value = serde_json::from_slice(&config).context("the image's configuration is not JSON")?;
         let diff_ids = config["rootfs"]["diff_ids"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let chain = diff_ids.map(str::to_owned).reduce(|below, diff_id| {
-            let hex = hex_of(&Sha256::digest(format!("{below} {diff_id}").as_bytes()));
-            format!("sha256:{hex}")
-        });
-        chain.context("the image has no layers")
+        let mut chains: Vec<String> = Vec::new();
+        for diff_id in diff_ids {
+            let chain = match chains.last() {
+                None => diff_id.to_owned(),
+                Some(below) => format!("sha256:{}", hex_of(&Sha256::digest(format!("{below} {diff_id}").as_bytes()))),
+            };
+            chains.push(chain);
+        }
+        Ok(chains)
+    }
+
+    /// The last of them.
+    pub fn chain_id(&self) -> Result<String> {
+        self.chain_ids()?.pop().context("the image has no layers")
     }
 
     /// Bytes of all layers as the registry stores them.

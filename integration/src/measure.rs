@@ -1,5 +1,6 @@
 //! One timed container start.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -75,6 +76,8 @@ pub struct Start {
     pub node_usage: Usage,
     /// What the seeder used.
     pub seeder_usage: Usage,
+    /// Processor time that the whole machine took until the first line came, without that of the seeder.
+    pub machine_cpu_first: Duration,
 }
 
 /// An image and what to run in it.
@@ -131,6 +134,9 @@ pub fn start(
     let seeder_before = ingested(scene)?;
     let since = |now: Option<u64>, before: Option<u64>| now.zip(before).map(|(now, before)| now.saturating_sub(before));
 
+    let seeder_cpu = || scene.seeder.as_ref().map_or(Duration::ZERO, |seeder| seeder.daemon().usage().cpu);
+    let busy_before = busy()?.saturating_sub(seeder_cpu());
+
     say("pulling");
     let clock = Instant::now();
     node.containerd().pull(&scene.network, way.snapshotter(), &subject.reference)?;
@@ -146,6 +152,7 @@ pub fn start(
     let first = lines.recv_timeout(FIRST_LINE_DEADLINE);
     let node_bytes_first = since(entered(scene, node)?, node_before);
     let node_usage_first = node.daemon().usage();
+    let machine_cpu_first = busy()?.saturating_sub(seeder_cpu()).saturating_sub(busy_before);
     let Ok((line, at)) = first else {
         let _ = child.kill();
         let _ = child.wait();
@@ -194,7 +201,19 @@ pub fn start(
         node_usage_first,
         node_usage: node.daemon().usage(),
         seeder_usage: scene.seeder.as_ref().map(|seeder| seeder.daemon().usage()).unwrap_or_default(),
+        machine_cpu_first,
     })
+}
+
+/// Processor time that this machine has taken since it was started.
+fn busy() -> Result<Duration> {
+    let text = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    let line = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).context("/proc/stat begins otherwise")?;
+    let ticks: Vec<u64> = line.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    // user, nice, system, idle, iowait, irq, softirq; what follows is in user, or not this machine's.
+    let busy = ticks.iter().take(7).enumerate().filter(|(at, _)| !matches!(at, 3 | 4)).map(|(_, ticks)| ticks);
+    // In hundredths of a second, whatever the kernel's own clock.
+    Ok(Duration::from_millis(busy.sum::<u64>() * 10))
 }
 
 /// Pulls the subject's image once, whole, on a node that has nothing of it, and measures that: nothing is left to be fetched or

@@ -1,6 +1,7 @@
 //! Starting programs, waiting for what they do, and stopping them.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,12 +19,32 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Runs `command` to its end and gives its standard output. The error holds what it printed on standard error.
 pub fn run(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&run_for_bytes(command)?).into_owned())
+}
+
+/// The same for output that is no text.
+pub fn run_for_bytes(command: &mut Command) -> Result<Vec<u8>> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {}", line_of(command)))?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         bail!("{}: {}: {}", line_of(command), output.status, tail(&stderr, 2000));
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    Ok(output.stdout)
+}
+
+/// What `command` makes of `input`.
+pub fn through(command: &mut Command, input: &[u8]) -> Result<Vec<u8>> {
+    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut child = spawned.with_context(|| format!("cannot start {}", line_of(command)))?;
+    let mut stdin = child.stdin.take().context("the program has no input")?;
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input));
+        child.wait_with_output()
+    })?;
+    if !output.status.success() {
+        bail!("{}: {}", line_of(command), output.status);
+    }
+    Ok(output.stdout)
 }
 
 /// Waits until `condition` holds.

@@ -23,6 +23,9 @@ use crate::tools::Tools;
 /// Set inside, to the run folder.
 const RUN_FOLDER: &str = "DROVER_LAB_RUN";
 
+/// File of the run folder that says that the test was entered.
+const ENTERED: &str = "entered";
+
 /// How long an interrupted sandbox may take to be gone: the kernel tears down its mounts.
 const END_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -77,7 +80,8 @@ pub fn run_main(base: &Path, inside: impl FnOnce(&Run) -> Result<()>) -> ExitCod
 /// When the test failed inside.
 pub fn run_test(name: &str, body: impl FnOnce(&Run) -> Result<()>) {
     if let Some(run) = entered() {
-        prepare(&run).and_then(|()| body(&run)).unwrap_or_else(|error| panic!("{error:#}"));
+        let noted = fs::write(run.folder.join(ENTERED), "").context("cannot write to the run folder");
+        noted.and_then(|()| prepare(&run)).and_then(|()| body(&run)).unwrap_or_else(|error| panic!("{error:#}"));
         return;
     }
     if let Err(reason) = machine_can() {
@@ -94,7 +98,7 @@ pub fn run_test(name: &str, body: impl FnOnce(&Run) -> Result<()>) {
     match code {
         Ok(0) => {}
         Ok(code) => panic!("{name} failed inside its sandbox with exit code {code}"),
-        Err(error) => panic!("{error:#}"),
+        Err(error) => panic!("{name}: {error:#}"),
     }
 }
 
@@ -186,7 +190,12 @@ fn outside(base: &Path, mut command: Command, output: Output) -> Result<u8> {
         // Killed from above, or by the thread above, which knows when nothing is left.
         let _ = all_ended.recv_timeout(END_DEADLINE);
     }
+    // Without a test of the name that it was given the program ends well, too.
+    let is_entered = run.folder.join(ENTERED).exists();
     clear(&run);
+    if matches!(output, Output::Prefixed) && status.success() && !is_entered {
+        bail!("nothing was run inside: this program has no test of that name");
+    }
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(130).max(status.signal().map_or(0, |_| 130)))
 }
 

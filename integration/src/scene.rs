@@ -12,13 +12,16 @@ use nix::unistd::Pid;
 
 use crate::containerd::{Containerd, Cri, Setup};
 use crate::disk::Disk;
-use crate::drover::{Cluster, KEEP_FREE, Seeder, Snapshotter};
+use crate::drover::{Cluster, KEEP_FREE, PORT, Seat, Seeder, Snapshotter};
 use crate::network::{Host, Network, Place};
 use crate::process::{self, Daemon, wait_for};
 use crate::registry::Registry;
 use crate::rivals::Rival;
 use crate::sandbox::Run;
 use crate::tools::{Release, Tools, workspace};
+
+/// The second seeder's port.
+const SECOND_PORT: u16 = 7170;
 
 /// The drop-in's line for containers with a user namespace.
 const REMAP_IDS_OFF: &str = "# capabilities = ['remap-ids']";
@@ -34,8 +37,12 @@ pub struct Scene {
     pub registry: Option<Registry>,
     /// The seeder, when one runs.
     pub seeder: Option<Seeder>,
+    /// Another one on the same host, when one runs.
+    pub second_seeder: Option<Seeder>,
     /// Lines for the configuration of seeders that are started from now on.
     pub seeder_config: String,
+    /// Where seeders that are started from now on have their store, instead of a folder of the run.
+    pub seeder_store: Option<PathBuf>,
     cluster: Option<Cluster>,
     run: Run,
     nodes: u16,
@@ -51,7 +58,9 @@ impl Scene {
             network,
             registry: Some(registry),
             seeder: None,
+            second_seeder: None,
             seeder_config: String::new(),
+            seeder_store: None,
             cluster: None,
             run: run.clone(),
             nodes: 0,
@@ -66,7 +75,9 @@ impl Scene {
             network,
             registry: None,
             seeder: None,
+            second_seeder: None,
             seeder_config: String::new(),
+            seeder_store: None,
             cluster: None,
             run: run.clone(),
             nodes: 0,
@@ -86,8 +97,24 @@ impl Scene {
             fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
         let cluster = self.cluster()?;
-        let (registry, extra) = (self.plain_registry(), &self.seeder_config);
-        self.seeder = Some(Seeder::start(&self.tools, &self.network, &cluster, &folder, registry.as_deref(), extra)?);
+        let registry = self.plain_registry();
+        let (store, extra) = match &self.seeder_store {
+            None => (folder.join("store"), format!("{KEEP_FREE}{}", self.seeder_config)),
+            // The test's own disk.
+            Some(store) => (store.clone(), self.seeder_config.clone()),
+        };
+        let (tools, network) = (&self.tools, &self.network);
+        let seat = Seat { port: PORT, folder: &folder, store: &store };
+        self.seeder = Some(Seeder::start(tools, network, &cluster, seat, registry.as_deref(), &extra)?);
+        Ok(())
+    }
+
+    /// Starts a second seeder, on an empty store, which nodes that are added from now on know too.
+    pub fn start_second_seeder(&mut self) -> Result<()> {
+        let (cluster, folder) = (self.cluster()?, self.run.folder().join("seeder-2"));
+        let (tools, network, registry) = (&self.tools, &self.network, self.plain_registry());
+        let seat = Seat { port: SECOND_PORT, folder: &folder, store: &folder.join("store") };
+        self.second_seeder = Some(Seeder::start(tools, network, &cluster, seat, registry.as_deref(), KEEP_FREE)?);
         Ok(())
     }
 
@@ -146,7 +173,8 @@ impl Scene {
                 if setup.disk.is_none() { format!("{KEEP_FREE}{}", setup.extra) } else { setup.extra.to_owned() };
             let cluster = self.cluster()?;
             // A node starts whether there is a seeder or not.
-            let seeder = format!("{}:7070", self.network.address(Place::Seeder));
+            let mut seeders = vec![format!("{}:{PORT}", self.network.address(Place::Seeder))];
+            seeders.extend(self.second_seeder.as_ref().map(|seeder| seeder.address().to_owned()));
             let snapshotter = Snapshotter::start(
                 &self.tools,
                 &self.network,
@@ -156,11 +184,11 @@ impl Scene {
                 root,
                 &sockets,
                 &node.containerd_socket,
-                &seeder,
+                &seeders,
                 plain_registry.as_deref(),
                 &extra,
             )?;
-            drop_in = Some(our_drop_in(self.tools.release, &snapshotter, setup.remaps_ids)?);
+            drop_in = Some(our_drop_in(self.tools.release, &snapshotter, setup)?);
             node.snapshotter = Some(snapshotter);
         }
         node.containerd = Some(Containerd::start(
@@ -179,11 +207,13 @@ impl Scene {
         Ok(node)
     }
 
-    /// Has the seeder ingest an image, so that its layers are known from now on.
+    /// Has the seeders ingest an image, so that its layers are known from now on.
     pub fn ingest(&self, reference: &str) -> Result<()> {
-        let config = self.seeder.as_ref().context("no seeder runs")?.config();
-        let mut command = self.network.command(Place::Seeder, &self.tools.seeder);
-        process::run(command.arg("ingest").arg("--config").arg(config).arg(reference))?;
+        let first = self.seeder.as_ref().context("no seeder runs")?;
+        for seeder in std::iter::once(first).chain(&self.second_seeder) {
+            let mut command = self.network.command(Place::Seeder, &self.tools.seeder);
+            process::run(command.arg("ingest").arg("--config").arg(seeder.config()).arg(reference))?;
+        }
         Ok(())
     }
 
@@ -211,6 +241,8 @@ pub struct NodeSetup<'a> {
     pub cri: Option<&'a Cri>,
     /// Whether containerd leaves the ids of containers with a user namespace to the snapshotter.
     pub remaps_ids: bool,
+    /// A key that is left out of containerd's drop-in.
+    pub without: Option<&'a str>,
 }
 
 /// What runs beside containerd.
@@ -343,14 +375,18 @@ impl Drop for Node {
 }
 
 /// The drop-in of `contrib/containerd/` with this lab's paths.
-fn our_drop_in(release: Release, snapshotter: &Snapshotter, remaps_ids: bool) -> Result<String> {
+fn our_drop_in(release: Release, snapshotter: &Snapshotter, setup: &NodeSetup<'_>) -> Result<String> {
     let name = if release.has_version_3() { "drover-v3.toml" } else { "drover-v2.toml" };
     let path = workspace().join("contrib/containerd").join(name);
     let mut text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    if remaps_ids {
+    if setup.remaps_ids {
         // A key that it is shipped with as a comment.
         ensure!(text.contains(REMAP_IDS_OFF), "{} has no line {REMAP_IDS_OFF}", path.display());
         text = text.replace(REMAP_IDS_OFF, REMAP_IDS_OFF.trim_start_matches("# "));
+    }
+    if let Some(key) = setup.without {
+        ensure!(text.contains(key), "{} has no key {key}", path.display());
+        text = text.lines().filter(|line| !line.contains(key)).map(|line| format!("{line}\n")).collect();
     }
     let (socket, root) = (snapshotter.socket().display().to_string(), snapshotter.root().display().to_string());
     Ok(text.replace("/run/drover/drover.sock", &socket).replace("/var/lib/drover", &root))

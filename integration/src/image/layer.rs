@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
 use super::{blob_folder, hex_of};
+use crate::process::through;
 
 /// How a layer's tar is packed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,6 +77,12 @@ impl Layer {
         fs::write(&path, blob).with_context(|| format!("cannot write {}", path.display()))?;
         let digest = format!("sha256:{hex}");
         Ok(Self { digest, diff_id: diff_id.to_owned(), size: blob.len() as u64, path, packing: Packing::Gzip })
+    }
+
+    /// A tar packed with gzip, as a layer of the image in `folder`.
+    pub fn from_gzip(folder: &Path, blob: &[u8]) -> Result<Self> {
+        let tar = through(Command::new("gzip").arg("-dc"), blob)?;
+        Self::from_bytes(folder, blob, &format!("sha256:{}", hex_of(&Sha256::digest(tar))))
     }
 }
 

@@ -17,7 +17,8 @@ pub const LARGE_FILE_SIZE: u64 = 24 << 20;
 /// Small files below `/srv/many`.
 pub const MANY_FILES: usize = 10_000;
 
-const PATH: &str = "/usr/local/bin:/bin";
+/// `PATH` of its containers.
+pub const PATH: &str = "/usr/local/bin:/bin";
 
 /// How much of it there is.
 #[derive(Clone, Copy, Debug)]

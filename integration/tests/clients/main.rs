@@ -2,10 +2,12 @@
 //! test runs in a sandbox of its own (see `lab::sandbox`).
 
 mod ids;
+mod keys;
 mod matrix;
 mod pods;
 mod shared;
 mod table;
+mod usage;
 
 use lab::sandbox::run_test;
 use lab::tools::Release;

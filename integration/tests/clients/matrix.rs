@@ -3,20 +3,21 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lab::client::{Client, Way, wait_until_empty};
 use lab::compare::compare_unpacked;
 use lab::containerd::Cri;
 use lab::drover::ordinary_layers;
 use lab::image::Image;
 use lab::image::small::{self, Amount};
-use lab::process::{run as run_command, wait_for};
+use lab::process::wait_for;
 use lab::sandbox::Run;
 use lab::scene::{Node, NodeSetup, Scene};
 use lab::tools::{self, Release, Tools};
 
 use crate::table::{Outcome, Table};
-use crate::{ids, shared};
+use crate::usage::{self, Sizes};
+use crate::{ids, keys, shared};
 
 /// Keeps layers as they were read: what a container did not need stays elsewhere.
 pub(crate) const NO_FILL: &str = "[fill]\nenabled = false\n";
@@ -34,8 +35,12 @@ pub(crate) struct Stage {
     /// Another image, on the same lower layers; it holds `two` in `/version`.
     pub(crate) other: String,
     pub(crate) variant: Image,
+    /// That one with its upper layers in another order.
+    pub(crate) reordered: String,
     /// The image as containerd unpacks it, and when that began.
     pub(crate) expected: (PathBuf, SystemTime),
+    /// What its layers take unpacked.
+    pub(crate) unpacked: Option<Sizes>,
     /// Keeps `expected` mounted.
     _plain: Node,
     /// Kubernetes' interface of the node.
@@ -63,6 +68,7 @@ pub(crate) fn release(run: &Run, release: Release) -> Result<()> {
         println!("containerd {version}, {}: {outcome:?}, {:.1} s", way.name(), began.elapsed().as_secs_f64());
     }
     shared::all(&stage).with_context(|| format!("containerd {version}"))?;
+    keys::all(&mut stage).with_context(|| format!("containerd {version}, a key that is missing"))?;
     ids::all(&mut stage).with_context(|| format!("containerd {version}, a user namespace"))
 }
 
@@ -80,11 +86,15 @@ impl Stage {
         let images = run.folder().join("images");
         let image = small::build_amount(&images.join("small"), &tools.busybox, Amount::LITTLE)?;
         let variant = small::build_variant(&images.join("variant"), &tools.busybox, Amount::LITTLE, "two\n")?;
+        let folder = images.join("reordered");
+        let [base, middle, top] = &variant.link_layers(&folder)?[..] else { bail!("the other image has three layers") };
+        let reordered = Image::assemble(&folder, &[base.clone(), top.clone(), middle.clone()], small::PATH)?;
         let pause = small::build_pause(&images.join("pause"), &tools.busybox)?;
         let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
         let registry = scene.registry.as_ref().context("a private scene has a registry")?;
         let reference = registry.push(&scene.network, &image, "test/small", "1")?;
         let other = registry.push(&scene.network, &variant, "test/variant", "1")?;
+        let reordered = registry.push(&scene.network, &reordered, "test/reordered", "1")?;
         let pause_image = registry.push(&scene.network, &pause, "test/pause", "1")?;
         scene.start_seeder(true)?;
         scene.ingest(&reference)?;
@@ -95,6 +105,8 @@ impl Stage {
         plain.containerd().pull(&scene.network, "overlayfs", &reference)?;
         let expected = run.folder().join("expected");
         plain.mount_image(&scene.network, "overlayfs", &reference, &expected)?;
+
+        let unpacked = usage::unpacked(&scene, plain.containerd(), &image.chain_ids()?, plain.folder())?;
 
         let cri = Cri { pause_image, cni_plugins };
         let setup = NodeSetup { extra: NO_FILL, cri: Some(&cri), ..NodeSetup::default() };
@@ -108,7 +120,9 @@ impl Stage {
             image,
             other,
             variant,
+            reordered,
             expected,
+            unpacked,
             _plain: plain,
             cri,
             empty,
@@ -129,6 +143,20 @@ impl Stage {
         ensure!(fetched < compressed / 10, "containerd fetched {fetched} bytes of {compressed}: not all, not nothing");
         ensure!(ordinary.is_empty(), "containerd fetched {fetched} bytes only, but layers are ordinary: {ordinary:?}");
         Ok(Outcome::Lazy)
+    }
+
+    /// Fails where containerd unpacked a layer.
+    pub(crate) fn is_lazy(&self) -> Result<()> {
+        self.is_lazy_on(&self.node)
+    }
+
+    /// The same on another node.
+    pub(crate) fn is_lazy_on(&self, node: &Node) -> Result<()> {
+        let snapshotter = node.snapshotter()?;
+        let status = snapshotter.status()?;
+        let is_lazy = !status.images.is_empty() && ordinary_layers(&status).is_empty();
+        ensure!(is_lazy, "not lazy:\n{}", snapshotter.status_text()?);
+        Ok(())
     }
 
     /// Compares the image as `client` has it with what containerd's own unpack made of it, path by path.
@@ -164,6 +192,9 @@ fn pair(stage: &Stage, way: Way, expected: Outcome) -> Result<()> {
     ensure!(outcome == expected, "the page says {expected:?}, seen was {outcome:?}");
     // The walk reads every byte.
     stage.compare(&client)?;
+    if outcome == Outcome::Lazy {
+        usage::check(stage, &client).context("what the image takes")?;
+    }
 
     let second = client.start(reference, "second").context("cannot start a second container")?;
     client.exec(&first, &["sh", "-c", "echo changed > /etc/replaced; rm /srv/large; echo new > /srv/new"])?;
@@ -171,21 +202,18 @@ fn pair(stage: &Stage, way: Way, expected: Outcome) -> Result<()> {
     let apart = printed.starts_with("after\n") && printed.contains("large") && !printed.contains("new");
     ensure!(apart, "a container sees another one's changes: {printed:?}");
 
-    let committed = "committed.test/image:1";
-    if client.commit(&first, committed).context("cannot commit")? {
-        let third = client.start(committed, "third").context("cannot start a committed image")?;
-        let printed = client.exec(&third, &["sh", "-c", "cat /etc/replaced /srv/new; ls /srv; cat /tmp/new"])?;
-        ensure!(printed.starts_with("changed\nnew\n") && !printed.contains("large"), "it printed {printed:?}");
-        client.remove(third)?;
-        client.remove_image(committed)?;
-    }
+    let committed = client.commit(&first, &stage.image).context("cannot commit")?;
+    let third = client.start(&committed, "third").context("cannot start a committed image")?;
+    let printed = client.exec(&third, &["sh", "-c", "cat /etc/replaced /srv/new; ls /srv; cat /tmp/new"])?;
+    let is_whole = printed.starts_with("changed\nnew\n") && !printed.contains("large") && printed.contains("sticky");
+    ensure!(is_whole, "the committed image's container printed {printed:?}");
+    client.remove(third)?;
+    client.remove_image(&committed)?;
     client.remove(first)?;
     client.remove(second)?;
     client.remove_image(reference)?;
     if way == Way::Cri {
-        for image in run_command(&mut client.ctr(&["image", "ls", "--quiet"]))?.lines() {
-            run_command(&mut client.ctr(&["image", "rm", "--sync", image]))?;
-        }
+        shared::clear(&client)?;
     }
     stage.wait_until_empty()
 }

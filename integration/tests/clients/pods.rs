@@ -11,11 +11,13 @@ use crate::shared::clear;
 pub(crate) fn all(stage: &Stage) -> Result<()> {
     let client = Client::new(Way::Cri, &stage.scene, &stage.node)?;
     client.pull(&stage.reference)?;
+    stage.is_lazy()?;
     own_network(stage, &client).context("a pod with a network of its own")?;
     // The first release whose CRI mounts images.
     if stage.scene.tools.release >= Release::V2_1 {
         client.pull(&stage.other)?;
         image_volume(stage, &client).context("an image as a volume")?;
+        stage.is_lazy()?;
     }
     clear(&client)?;
     stage.wait_until_empty()

@@ -3,6 +3,7 @@
 
 mod equal;
 mod leaving;
+mod many;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

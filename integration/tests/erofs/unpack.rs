@@ -93,29 +93,81 @@ impl Random {
                 records.push((key, value));
             }
         }
+        if self.chance(8) {
+            // containerd's unpacker knows only the other form of extended attributes.
+            records.push(("LIBARCHIVE.xattr.user.z", b"eA==".to_vec()));
+        }
+        // What a header has no room for stands before it, in one of two forms; what the header says then counts for nothing.
+        let (mut long_name, mut long_target) = (false, false);
+        match self.below(100) {
+            0..8 => records.push(("path", name.clone().into())),
+            8..14 => long_name = true,
+            _ => {}
+        }
+        if !target.is_empty() {
+            match self.below(100) {
+                0..8 => records.push(("linkpath", target.clone().into())),
+                8..14 => long_target = true,
+                _ => {}
+            }
+        }
+        for key in ["uid", "gid"] {
+            if self.chance(6) {
+                records.push((key, self.pick(&["7", "70000", "3000000"]).into()));
+            }
+        }
+        let contents = vec![b'x'; if matches!(type_flag, b'0' | 0) { self.below(1200) as usize } else { 0 }];
+        let is_size_before = !contents.is_empty() && self.chance(8);
+        if is_size_before {
+            records.push(("size", contents.len().to_string().into()));
+        }
+        for (is_long, type_flag, text) in [(long_name, b'L', &name), (long_target, b'K', &target)] {
+            if is_long {
+                let mut header = tar::Header::new_gnu();
+                header.as_mut_bytes()[..13].copy_from_slice(b"././@LongLink");
+                header.as_mut_bytes()[156] = type_flag;
+                header.set_size(text.len() as u64 + 1);
+                header.set_cksum();
+                builder.append(&header, format!("{text}\0").as_bytes()).unwrap();
+            }
+        }
+        let in_header = |is_elsewhere: bool, text: &str| if is_elsewhere { "f".to_owned() } else { text.to_owned() };
+        let name = in_header(long_name || records.iter().any(|(key, _)| *key == "path"), &name);
+        let target = in_header(long_target || records.iter().any(|(key, _)| *key == "linkpath"), &target);
         if !records.is_empty() {
             builder.append_pax_extensions(records.iter().map(|(key, value)| (*key, &value[..]))).unwrap();
         }
-        let contents = vec![b'x'; if matches!(type_flag, b'0' | 0) { self.below(1200) as usize } else { 0 }];
         let mut header = if self.chance(80) { tar::Header::new_ustar() } else { tar::Header::new_gnu() };
         let bytes = header.as_mut_bytes();
         bytes.iter_mut().zip(name.bytes()).take(100).for_each(|(to, from)| *to = from);
         bytes[157..257].iter_mut().zip(target.bytes()).for_each(|(to, from)| *to = from);
         bytes[156] = type_flag;
-        header.set_size(contents.len() as u64);
+        if header.as_ustar().is_some() && self.chance(6) {
+            bytes_of_prefix(&mut header).copy_from_slice(self.pick(&[b"a\0\0", b"./b", b"c/d"]));
+        }
+        header.set_size(if is_size_before { 0 } else { contents.len() as u64 });
         header.set_mode(if type_flag == b'5' {
             self.pick(&[0o755, 0o755, 0o700, 0o1777, 0o2775])
         } else {
             self.pick(&[0o644, 0o4711])
         });
         header.set_uid(self.below(4));
-        header.set_gid(self.below(4));
+        // More than seven octal digits hold: base 256.
+        header.set_gid(if self.chance(6) { 3_000_000 } else { self.below(4) });
         header.set_mtime(1_000_000 + self.below(1000));
+        if self.chance(5) {
+            header.as_mut_bytes()[136..148].copy_from_slice(&[[0xff; 4], [0xff; 4], [0xff, 0xff, 0xfe, 0x0c]].concat());
+        }
         header.set_device_major(1).unwrap();
         header.set_device_minor(self.below(4) as u32).unwrap();
         header.set_cksum();
         builder.append(&header, &contents[..]).unwrap();
     }
+}
+
+/// The first bytes of what a POSIX header puts before the name.
+fn bytes_of_prefix(header: &mut tar::Header) -> &mut [u8] {
+    &mut header.as_mut_bytes()[345..348]
 }
 
 /// Unpacks layers with containerd: tar, directory, directories below. Gives its errors.

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use lab::client::wait_until_empty;
+use lab::compare::compare_unpacked;
 use lab::drover::ordinary_layers;
 use lab::image::{Image, noise};
 use lab::process::{footprints, run, wait_for};
@@ -19,7 +20,7 @@ use lab::tools::Tools;
 use crate::{Chance, kill_9, push, times};
 
 /// Lives of an image in CI, with a kill in each.
-const LIVES: u64 = 16;
+const LIVES: u64 = 18;
 
 /// Images that are there at the same time; together they do not fit [`CACHE`], so that chunks are evicted and fetched again.
 const IMAGES: u64 = 2;
@@ -33,6 +34,9 @@ const CACHE: &str = "size = \"10MiB\"\n";
 /// How long a client's call may take, and all of its repetitions.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// So long a daemon that ends waits for calls that are under way (`snapshotter/src/daemon.rs`).
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
 /// What may be left on the disk: the records, and folders.
 const LEFT: u64 = 4 << 20;
 
@@ -45,6 +49,9 @@ enum Victim {
     Keeper,
     Seeder,
     Containerd,
+    /// Nobody: another binary is put in place of the snapshotter's and loaded, in turns a newer and an older one. No call may fail but
+    /// those that go on for longer than the daemon waits for them.
+    Reload,
 }
 
 /// Something that a client asks for. The background completes images meanwhile, and makes room for them.
@@ -64,7 +71,7 @@ enum Deed {
     Remove,
 }
 
-const VICTIMS: [Victim; 4] = [Victim::Daemon, Victim::Keeper, Victim::Seeder, Victim::Containerd];
+const VICTIMS: [Victim; 5] = [Victim::Daemon, Victim::Keeper, Victim::Seeder, Victim::Containerd, Victim::Reload];
 const DEEDS: [Deed; 6] = [Deed::PullNew, Deed::Pull, Deed::Read, Deed::ReadOld, Deed::Commit, Deed::Remove];
 
 #[test]
@@ -119,7 +126,12 @@ struct Kill {
 struct Stage {
     scene: Scene,
     node: Node,
-    folder: std::path::PathBuf,
+    folder: PathBuf,
+    /// Two binaries of the snapshotter, and whether the first of them is in place.
+    versions: [PathBuf; 2],
+    is_newer: bool,
+    /// When the binary was loaded last.
+    reloaded: Option<Instant>,
     /// What each deed took when nobody was killed.
     took: BTreeMap<Deed, Duration>,
     repeated: BTreeMap<Deed, u32>,
@@ -128,12 +140,30 @@ struct Stage {
 
 impl Stage {
     fn set(run: &Run) -> Result<Self> {
-        let tools = Tools::prepare(&|_| {})?;
+        let mut tools = Tools::prepare(&|_| {})?;
+        let programs = run.folder().join("programs");
+        fs::create_dir_all(&programs)?;
+        let versions = ["newer", "older"].map(|name| programs.join(name));
+        for version in &versions {
+            lab::process::run(Command::new("install").args(["-m", "755"]).args([&tools.snapshotter, version]))?;
+        }
+        tools.snapshotter = programs.join("drover-snapshotter");
+        fs::hard_link(&versions[1], &tools.snapshotter)?;
         let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
         scene.start_seeder(true)?;
         let node = scene.drover_node(CACHE)?;
         let folder = run.folder().join("images");
-        Ok(Self { scene, node, folder, took: BTreeMap::new(), repeated: BTreeMap::new(), calls: 0 })
+        Ok(Self {
+            scene,
+            node,
+            folder,
+            versions,
+            is_newer: false,
+            reloaded: None,
+            took: BTreeMap::new(),
+            repeated: BTreeMap::new(),
+            calls: 0,
+        })
     }
 
     /// Image `number` comes and stays, where no older one is there.
@@ -197,7 +227,7 @@ impl Stage {
             let mut command = call(self)?;
             let clock = Instant::now();
             let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-            let disturbed = kill.is_some();
+            let (disturbed, reloaded) = (kill.is_some(), kill.is_some_and(|kill| kill.victim == Victim::Reload));
             if let Some(kill) = kill.take() {
                 self.kill(kill)?;
             }
@@ -211,6 +241,11 @@ impl Stage {
                 return Ok(());
             }
             let why = String::from_utf8_lossy(&output.stderr).into_owned();
+            ensure!(
+                !reloaded || self.reload_took_long(),
+                "{command:?} failed because the binary was loaded again: {why}\n{}",
+                self.log()
+            );
             if Instant::now() > deadline {
                 bail!("{command:?} fails again and again: {why}\n{}", self.node.snapshotter()?.daemon().log_tail());
             }
@@ -230,6 +265,14 @@ impl Stage {
                 kill_9(if kill.victim == Victim::Daemon { daemon } else { pair.keeper })?;
                 self.node.snapshotter()?.pair(|now| now.keeper != pair.keeper || now.daemon != pair.daemon)?;
             }
+            Victim::Reload => {
+                let pair = self.node.snapshotter()?.pair(|_| true)?;
+                self.swap_program()?;
+                let keeper = nix::unistd::Pid::from_raw(i32::try_from(pair.keeper)?);
+                nix::sys::signal::kill(keeper, nix::sys::signal::Signal::SIGHUP)?;
+                self.reloaded = Some(Instant::now());
+                self.node.snapshotter()?.pair(|now| now.daemon != pair.daemon)?;
+            }
             Victim::Seeder => {
                 kill_9(self.scene.seeder.as_ref().context("no seeder")?.daemon().pid())?;
                 self.scene.start_seeder(false)?;
@@ -239,6 +282,21 @@ impl Stage {
                 self.node.containerd_mut().restart(&self.scene.network)?;
             }
         }
+        Ok(())
+    }
+
+    /// Whether a call that fails now may have outlasted the daemon that was told to end.
+    fn reload_took_long(&self) -> bool {
+        self.reloaded.is_some_and(|reloaded| reloaded.elapsed() >= STOP_PATIENCE)
+    }
+
+    /// Puts the other of two binaries in the place from which the snapshotter was started.
+    fn swap_program(&mut self) -> Result<()> {
+        let new = self.scene.tools.snapshotter.with_extension("new");
+        let version = &self.versions[usize::from(self.is_newer)];
+        fs::hard_link(version, &new).with_context(|| format!("cannot link {}", version.display()))?;
+        fs::rename(&new, &self.scene.tools.snapshotter)?;
+        self.is_newer = !self.is_newer;
         Ok(())
     }
 
@@ -283,7 +341,11 @@ impl Stage {
                 return Ok(());
             }
             self.forget(&id);
-            let may_fail = victim == Some(Victim::Containerd) || !printed.starts_with("begun");
+            let may_fail = match victim {
+                Some(Victim::Containerd) => true,
+                Some(Victim::Reload) => !printed.starts_with("begun") && self.reload_took_long(),
+                _ => !printed.starts_with("begun"),
+            };
             ensure!(may_fail, "a container read {printed:?} instead of {wanted:?}: {why}\n{}", self.log());
             ensure!(Instant::now() < deadline, "no container of {reference} begins: {why}\n{}", self.log());
             *self.repeated.entry(deed).or_default() += 1;
@@ -312,9 +374,10 @@ impl Stage {
         let there = |stage: &Self, name: &str| {
             Ok(run(&mut stage.ctr(&["snapshot", "--snapshotter", "drover", "info", name])).is_ok())
         };
-        // The kill comes in one of the two calls.
+        // The kill comes in one of the two calls; that of containerd in the first. It has a snapshotter commit before its own transaction
+        // ends: killed between the two, it names a key for good that no snapshotter has any more.
         let (early, late) = match kill {
-            Some(kill) if kill.share.is_multiple_of(2) => (Some(kill), None),
+            Some(kill) if kill.share.is_multiple_of(2) || kill.victim == Victim::Containerd => (Some(kill), None),
             kill => (None, kill),
         };
         // A call whose answer was lost is found done by its repetition, which fails.
@@ -366,8 +429,8 @@ impl Stage {
         self.act(Deed::Remove, late, |stage| Ok(stage.ctr(&["image", "rm", "--sync", &reference])), |_| Ok(true))
     }
 
-    /// Everything that is committed can be read and is what the image holds: the host looks at every image that is there, with the
-    /// build step on it.
+    /// Everything that is committed is what the image holds, all names and attributes included: the host looks at every image that is
+    /// there, with the build step on it.
     fn check(&self, newest: u64) -> Result<()> {
         let target = self.folder.join("seen");
         fs::create_dir_all(&target)?;
@@ -376,15 +439,32 @@ impl Stage {
             let snapshot = |arguments: &[&str]| run(self.ctr(&["snapshot", "--snapshotter", "drover"]).args(arguments));
             let mounts = snapshot(&["prepare", "--target", text(&target)?, "look", &name])?;
             run(Command::new("sh").args(["-c", &mounts]))?;
-            let seen = run(Command::new("sha256sum").arg(target.join(&noise::FILE[1..])));
+            let seen = self.unpack(number).and_then(|(unpacked, began)| compare_unpacked(&unpacked, &target, began));
             let built = fs::read_to_string(target.join("built"));
             run(Command::new("umount").arg(&target))?;
             snapshot(&["rm", "look"])?;
             ensure!(built? == name, "the build step of image {number} is not what was committed");
-            let (seen, wanted) = (seen?, noise::line(size(number)));
-            ensure!(seen.split(' ').next() == wanted.split(' ').next(), "image {number}: {seen} instead of {wanted}");
+            let mut differences = seen?.differences;
+            // The build step's own, and its folder's time.
+            differences.retain(|difference| !difference.starts_with("/built:") && !difference.starts_with("/: mtime"));
+            ensure!(differences.is_empty(), "image {number} is not what was pushed: {differences:#?}\n{}", self.log());
         }
         Ok(())
+    }
+
+    /// What image `number` holds, unpacked without Drover or containerd, and when that began.
+    fn unpack(&self, number: u64) -> Result<(PathBuf, SystemTime)> {
+        let (folder, began) = (self.folder.join(format!("unpacked-{number}")), SystemTime::now());
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)?;
+        for layer in &self.image(number)?.layers {
+            let mut tar = Command::new("tar");
+            tar.args(["--extract", "--same-permissions", "--same-owner", "--numeric-owner", "--exclude=.wh.*"]);
+            run(tar.arg("--directory").arg(&folder).arg("--file").arg(&layer.path))?;
+        }
+        Ok((folder, began))
     }
 
     /// Removes the images that are there, and looks that nothing is left of them at the node.

@@ -6,6 +6,8 @@
 
 mod deeds;
 mod kills;
+mod page_cache;
+mod rot;
 mod source_gone;
 
 use std::time::{SystemTime, UNIX_EPOCH};

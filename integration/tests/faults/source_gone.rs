@@ -2,10 +2,12 @@
 //! source and says so.
 
 use std::fs;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lab::image::{Image, noise};
+use lab::image::layer::Attributes;
+use lab::image::{Image, LayerWriter, noise, small};
 use lab::measure::wait_until_complete;
 use lab::process::{run, wait_for};
 use lab::sandbox::run_test;
@@ -20,6 +22,10 @@ const LAZY: usize = 6 << 20;
 
 /// Long enough for a source that is there on a busy machine.
 const CONFIG: &str = "[read]\ndeadline = \"20s\"\n";
+const DEADLINE: Duration = Duration::from_secs(20);
+/// In an image of its own.
+const PROGRAM: &str = "/srv/program";
+
 const NO_FILL: &str = "[fill]\nenabled = false\n";
 
 #[test]
@@ -33,9 +39,11 @@ fn a_node_starts_with_every_source_gone() {
             let image: Image = noise::build(&images, &scene.tools.busybox, size)?;
             references.push(push(&scene, &image, repository)?);
         }
-        let (complete, lazy) = (references[0].as_str(), references[1].as_str());
+        references.push(push(&scene, &program(&images, &scene.tools.busybox)?, "test/program")?);
+        let [complete, lazy, executable] = [0, 1, 2].map(|at: usize| references[at].as_str());
         scene.start_seeder(true)?;
         scene.ingest(lazy)?;
+        scene.ingest(executable)?;
         let mut node = scene.drover_node(CONFIG)?;
         node.containerd().pull(&scene.network, "drover", complete)?;
         wait_until_complete(&node)?;
@@ -46,6 +54,7 @@ fn a_node_starts_with_every_source_gone() {
         fs::write(&config, format!("{text}{NO_FILL}"))?;
         node.reboot(&scene.network, |_| Ok(()))?;
         node.containerd().pull(&scene.network, "drover", lazy)?;
+        node.containerd().pull(&scene.network, "drover", executable)?;
 
         scene.stop_seeder();
         scene.registry.as_mut().context("no registry")?.daemon_mut().kill();
@@ -58,6 +67,12 @@ fn a_node_starts_with_every_source_gone() {
         // Its index and its image are here, its bytes are not.
         let listed = node.containerd().output_of(&scene.network, "drover", complete, "c2", &["ls", "/srv"])?;
         ensure!(listed == "noise\n", "the container lists {listed:?}");
+        // Before a chunk's deadline is over: for a moment after it all fail at once who ask for it.
+        for (id, reference, program) in [("k1", lazy, &noise::PROGRAM[..]), ("k2", executable, &[PROGRAM])] {
+            killed_in_its_wait(&scene, &node, reference, id, program).with_context(|| {
+                format!("{program:?}, {}", node.snapshotter().map(|s| s.daemon().log_tail()).unwrap_or_default())
+            })?;
+        }
         let failed = read(&scene, &node, lazy, "c3");
         let error = failed.err().context("a file was read that nobody gives")?.to_string();
         println!("{error}");
@@ -82,8 +97,53 @@ fn a_node_starts_with_every_source_gone() {
     });
 }
 
+/// An image with a program that lies in a layer of its own.
+fn program(cache: &Path, busybox: &Path) -> Result<Image> {
+    let folder = cache.join("program");
+    let mut layer = LayerWriter::create(&folder, "program")?;
+    layer.directory("srv", Attributes::root(0o755))?;
+    // Not the base layer's: the same layer would be here.
+    layer.file(&PROGRAM[1..], Attributes::root(0o755), &fs::read(busybox)?)?;
+    Image::assemble(&folder, &[small::base(&folder, busybox)?, layer.finish()?], "/bin")
+}
+
+/// A container that waits for bytes which nobody gives dies of SIGKILL, long before the deadline of its read.
+fn killed_in_its_wait(scene: &Scene, node: &Node, reference: &str, id: &str, program: &[&str]) -> Result<()> {
+    let mut child = node.containerd().container(&scene.network, "drover", reference, id, program).spawn()?;
+    let process = || -> Option<u32> {
+        let list = run(&mut node.containerd().ctr(&scene.network, &["task", "ls"])).ok()?;
+        let tasks = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        tasks.into_iter().find_map(|task| match task[..] {
+            [task, pid, "RUNNING"] if task == id => pid.parse().ok(),
+            _ => None,
+        })
+    };
+    let mut pid = None;
+    wait_for("the container runs", Duration::from_secs(15), || {
+        pid = process();
+        pid.is_some()
+    })?;
+    let stat = PathBuf::from(format!("/proc/{}/stat", pid.context("it has no process")?));
+    let state = || fs::read_to_string(&stat).ok().and_then(|stat| stat.rsplit_once(") ")?.1.chars().next());
+    // Asleep whenever it is looked at.
+    let mut asleep = 0;
+    wait_for("it waits for its bytes", Duration::from_secs(10), || {
+        asleep = if matches!(state(), Some('S' | 'D')) { asleep + 1 } else { 0 };
+        asleep >= 10
+    })?;
+    let killed = Instant::now();
+    run(&mut node.containerd().ctr(&scene.network, &["task", "kill", "--signal", "SIGKILL", id]))?;
+    let is_dead = || matches!(state(), None | Some('Z' | 'X'));
+    let died = wait_for("it is dead", DEADLINE / 2, is_dead);
+    println!("{program:?} died {:?} after its SIGKILL", killed.elapsed());
+    // Its shim takes it away, whatever the outcome.
+    let _ = child.kill();
+    child.wait()?;
+    died
+}
+
 /// Whether all layers were compared with their diffIDs, and say so on the disk: what was not synced would be lost.
-fn are_proven(node: &Node) -> Result<bool> {
+pub(crate) fn are_proven(node: &Node) -> Result<bool> {
     for layer in fs::read_dir(node.snapshotter()?.root().join("layers"))? {
         // docs/store.md: the flags, of which 2 is that.
         if fs::read(layer?.path().join("have"))?.get(11).is_none_or(|flags| flags & 2 == 0) {

@@ -33,6 +33,8 @@ use snapshotter::{
 
 use super::conditions::{can_mount, eventually};
 
+const FIXTURE: &str = env!("CARGO_BIN_EXE_fuse_fixture");
+
 const DEVICE_SIZE: u64 = 1 << 38;
 const FILE_SIZE: u64 = 8 << 30;
 
@@ -129,6 +131,72 @@ fn a_new_binary_is_loaded_without_losing_a_read() {
     }
     let outcome = reader.finish();
     assert!(outcome.failed.is_empty() && outcome.wrong.is_empty() && outcome.reads > 100, "{outcome:?}");
+    fixture.stop();
+}
+
+/// What cannot be executed, and what can and is something else.
+#[test]
+fn a_binary_that_is_none_changes_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let mut fixture = Fixture::of_its_own(&[]);
+    fixture.serve();
+    let before = fixture.settled();
+    let reader = Reader::start(&fixture.device(1), 1, &["--count=0", "--direct", "--threads=4", "--length=20480"]);
+    let program = fixture.program.clone();
+    let put = |from: &Path| {
+        let new = program.with_extension("new");
+        copy(from, &new);
+        fs::rename(&new, &program).unwrap();
+    };
+    let garbage = fixture.directory().join("garbage");
+    fs::write(&garbage, b"\0no program\n").unwrap();
+
+    put(&garbage);
+    kill(pid(before.keeper), Signal::SIGHUP).unwrap();
+    eventually("it is said", || fixture.log().contains("cannot load the binary again: everything stays as it is"));
+    assert_eq!(fixture.settled(), before);
+
+    // It ends at once: the daemon's own binary keeps it from then on.
+    put(Path::new("/bin/false"));
+    kill(pid(before.keeper), Signal::SIGHUP).unwrap();
+    eventually("there is another keeper", || fixture.status().is_some_and(|now| now.keeper != before.keeper));
+    let orphan = fixture.settled();
+    assert_eq!((orphan.daemon, orphan.attended), (before.daemon, false));
+
+    put(Path::new(FIXTURE));
+    kill(pid(orphan.keeper), Signal::SIGHUP).unwrap();
+    eventually("there is another daemon", || fixture.status().is_some_and(|now| now.daemon != before.daemon));
+    fixture.settled();
+    let outcome = reader.finish();
+    assert!(outcome.failed.is_empty() && outcome.wrong.is_empty() && outcome.reads > 100, "{outcome:?}");
+    fixture.stop();
+}
+
+/// As on kernels before 6.9: what the dead daemon had read is not answered any more, and nothing else suffers.
+#[test]
+fn without_resend_a_read_under_way_hangs_until_it_is_killed() {
+    if !can_mount() {
+        return;
+    }
+    let mut fixture = Fixture::of_its_own(&[("DROVER_NO_RESEND", "1")]);
+    fixture.serve();
+    let before = fixture.settled();
+    let mut hanging = Reader::start(&fixture.device(9), 9, &["--count=1", "--direct", "--length=4096"]);
+    // It sleeps in its read, and a later read was answered: the daemon has it.
+    let stat = format!("/proc/{}/stat", hanging.pid());
+    let sleeps = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "));
+    eventually("it reads", || (0..20).all(|_| sleeps()));
+    Reader::start(&fixture.device(1), 1, &["--count=20", "--direct", "--length=4096"]).finish().is_clean(20);
+    fixture.kill(before.daemon.unwrap());
+    fixture.settled();
+    eventually("it is said", || fixture.log().contains("cannot send requests again"));
+    Reader::start(&fixture.device(1), 1, &["--count=200", "--direct", "--threads=4"]).finish().is_clean(800);
+    assert!(!hanging.has_ended());
+    hanging.signal(Signal::SIGKILL);
+    eventually("it is dead", || hanging.has_ended());
+    Reader::start(&fixture.device(2), 2, &["--count=20", "--direct"]).finish().is_clean(20);
     fixture.stop();
 }
 
@@ -261,9 +329,19 @@ fn the_keeper_is_small() {
     fixture.stop();
 }
 
+/// Makes a program of a file. Not by this process: programs that other tests start meanwhile would have the file open for writing,
+/// and then it cannot be executed.
+fn copy(from: &Path, to: &Path) {
+    assert!(Command::new("install").args(["-m", "755"]).arg(from).arg(to).status().unwrap().success());
+}
+
 /// A snapshotter in miniature under a directory of its own; killed and unmounted on drop.
 struct Fixture {
     directory: tempfile::TempDir,
+    program: PathBuf,
+    environment: Vec<(&'static str, &'static str)>,
+    /// Its log goes to a file.
+    is_logged: bool,
     served: Vec<Child>,
 }
 
@@ -286,7 +364,21 @@ impl Fixture {
 
     fn new() -> Fixture {
         let directory = tempfile::Builder::new().prefix("drover-fuse").tempdir().unwrap();
-        Fixture { directory, served: Vec::new() }
+        let program = FIXTURE.into();
+        Fixture { directory, program, environment: Vec::new(), is_logged: false, served: Vec::new() }
+    }
+
+    /// One with a binary of its own, and a log that can be read.
+    fn of_its_own(environment: &[(&'static str, &'static str)]) -> Fixture {
+        let mut fixture = Fixture::new();
+        let program = fixture.directory().join("fixture");
+        copy(&fixture.program, &program);
+        (fixture.program, fixture.environment, fixture.is_logged) = (program, environment.to_vec(), true);
+        fixture
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.directory().join("log")).unwrap_or_default()
     }
 
     fn serve(&mut self) {
@@ -295,8 +387,13 @@ impl Fixture {
     }
 
     fn command(&self, name: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fuse_fixture"));
+        let mut command = Command::new(&self.program);
         command.arg(name).arg(self.directory.path()).env_remove("NOTIFY_SOCKET").stdin(Stdio::null());
+        command.envs(self.environment.iter().copied());
+        if self.is_logged {
+            let log = fs::File::options().create(true).append(true).open(self.directory().join("log")).unwrap();
+            command.stderr(log);
+        }
         command
     }
 

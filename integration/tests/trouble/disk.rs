@@ -1,6 +1,7 @@
-//! A node's disk is full: containers go on, what was committed stays, a pull says what is wrong, and all is well again once there
-//! is space.
+//! A disk is full. A node's: containers go on, what was committed stays, a pull says what is wrong. A seeder's: images come without it,
+//! and the blob is named. All is well again once there is space.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,12 +11,11 @@ use lab::drover::ordinary_layers;
 use lab::image::small::{self, Amount};
 use lab::process::{run, wait_for};
 use lab::sandbox::run_test;
-use lab::scene::{Node, NodeSetup, Scene};
+use lab::scene::{NodeSetup, Scene};
 use lab::tools::Tools;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use proto::drover::node::v1::LayerState;
 
-use crate::push;
+use crate::{declined, push};
 
 /// Enough for one image of [`Amount::LITTLE`] with all that belongs to it, and for its containers.
 const DISK: u64 = 96 << 20;
@@ -76,7 +76,7 @@ fn a_full_disk_stops_no_container() {
                 ensure!(text.to_lowercase().contains("no space left"), "the client is told: {text}");
             }
         }
-        restart_daemon(&node).context("with a full disk")?;
+        node.snapshotter()?.restart_daemon().context("with a full disk")?;
         reads(&client, &container, &expected).context("after a restart with a full disk")?;
         let left = snapshots(&client)?;
         let lost: Vec<_> = committed.iter().filter(|name| !left.contains(name)).collect();
@@ -109,20 +109,88 @@ fn a_full_disk_stops_no_container() {
     });
 }
 
+#[test]
+fn a_full_disk_of_the_seeder_is_named() {
+    run_test("disk::a_full_disk_of_the_seeder_is_named", |run_of| {
+        let disk = match Disk::mount(&run_of.folder().join("disk"), DISK) {
+            Ok(disk) => disk,
+            Err(error) => {
+                println!("skipped: this machine has no small disk: {error:#}");
+                return Ok(());
+            }
+        };
+        let tools = Tools::prepare(&|_| {})?;
+        let images = run_of.folder().join("images");
+        let one = small::build_amount(&images.join("one"), &tools.busybox, Amount::LITTLE)?;
+        let two = small::build_variant(&images.join("two"), &tools.busybox, Amount::LITTLE, "two\n")?;
+        // The others are in containerd's content store by the time that they are asked for.
+        let lowest = one.layers.first().context("no layers")?.digest.clone();
+        let variant = two.layers.last().context("no layers")?.digest.clone();
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let (one, two) = (push(&scene, &one, "test/one")?, push(&scene, &two, "test/two")?);
+        scene.seeder_store = Some(disk.path().join("store"));
+        scene.start_seeder(true)?;
+        let node = scene.drover_node("[fill]\nenabled = false\n")?;
+        let (network, containerd) = (&scene.network, node.containerd());
+        let seeder = scene.seeder.as_ref().context("no seeder")?;
+
+        let hog = disk.fill()?;
+        wait_for("the disk is full", Duration::from_secs(60), || disk.free().is_ok_and(|free| free < NOTHING))?;
+        containerd.pull(network, "drover", &one)?;
+        let reason = declined(&node, &lowest)?;
+        println!("{reason}");
+        let is_told = reason.contains("no room on the seeder") && reason.contains("space");
+        ensure!(is_told, "the node does not say why: {reason}");
+        let printed = containerd.output_of(network, "drover", &one, "full", &["cat", "/etc/replaced"])?;
+        ensure!(printed == "after\n", "the container printed {printed:?}");
+        let log = fs::read_to_string(seeder.daemon().log())?;
+        let is_named = log.lines().any(|line| line.contains("ingest fails") && line.contains(&lowest));
+        ensure!(is_named, "the seeder does not name the blob:\n{log}");
+
+        hog.end()?;
+        let lazy = || -> Result<bool> {
+            // containerd unpacks what is declined while the seeder rests after its failure.
+            let _ = run(&mut containerd.ctr(network, &["image", "rm", "--sync", &two]));
+            containerd.pull(network, "drover", &two)?;
+            let status = node.snapshotter()?.status()?;
+            let layers = status.images.iter().flat_map(|image| &image.layers);
+            Ok(layers.filter(|layer| layer.blob == variant).any(|layer| layer.state() == LayerState::Partial))
+        };
+        let mut last = Ok(false);
+        wait_for("another image is lazy", Duration::from_secs(60), || {
+            last = lazy();
+            matches!(last, Ok(true))
+        })
+        .with_context(|| format!("{last:?}"))?;
+        // A layer whose ingest failed rests a while, and containerd fetches all that stands on it.
+        let all_lazy = || -> Result<()> {
+            for reference in [&one, &two] {
+                let _ = run(&mut containerd.ctr(network, &["image", "rm", "--sync", reference]));
+            }
+            for reference in [&one, &two] {
+                containerd.pull(network, "drover", reference)?;
+            }
+            let status = node.snapshotter()?.status()?;
+            ensure!(ordinary_layers(&status).is_empty(), "not lazy:\n{}", node.snapshotter()?.status_text()?);
+            Ok(())
+        };
+        let mut last = Ok(());
+        wait_for("both images are lazy", Duration::from_secs(120), || {
+            last = all_lazy();
+            last.is_ok()
+        })
+        .with_context(|| format!("{last:?}"))?;
+        let printed = containerd.output_of(network, "drover", &two, "again", &["cat", "/version"])?;
+        ensure!(printed == "two\n", "the container printed {printed:?}");
+        Ok(())
+    });
+}
+
 fn reads(client: &Client<'_>, container: &Container, expected: &str) -> Result<()> {
     // Else the kernel gives what it has in memory.
     lab::scene::drop_caches();
     let printed = client.exec(container, &["sh", "-c", SUMS])?;
     ensure!(printed == expected, "the container's files have the digest {printed:?} instead of {expected:?}");
-    Ok(())
-}
-
-/// Kills the daemon and waits until its keeper has started another one.
-fn restart_daemon(node: &Node) -> Result<()> {
-    let before = node.snapshotter()?.pair(|_| true)?;
-    let daemon = before.daemon.context("no daemon")?;
-    kill(Pid::from_raw(i32::try_from(daemon)?), Signal::SIGKILL)?;
-    node.snapshotter()?.pair(|now| now.daemon != before.daemon)?;
     Ok(())
 }
 

@@ -4,17 +4,16 @@
 mod disk;
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lab::drover::ordinary_layers;
 use lab::image::layer::Attributes;
-use lab::image::{Image, Layer, LayerWriter, small};
-use lab::process::{run, wait_for};
+use lab::image::{Image, Layer, LayerWriter, Packing, small};
+use lab::process::{run, through, wait_for};
 use lab::sandbox::run_test;
 use lab::scene::{Node, Scene};
 use lab::tools::Tools;
@@ -81,33 +80,41 @@ fn a_broken_image_harms_no_other() {
 
 /// Every layer but the last one's is broken for containerd too.
 fn broken(folder: &Path) -> Result<Vec<Broken>> {
-    let sound = |name: &str| -> Result<(Layer, Vec<u8>, Vec<u8>)> {
-        let mut layer = LayerWriter::create(folder, name)?;
+    let sound = |name: &str, packing: Packing| -> Result<(Layer, Vec<u8>)> {
+        let mut layer = LayerWriter::create_packed(folder, name, packing)?;
         layer.file("file", Attributes::root(0o644), b"contents\n")?;
         layer.file("noise", Attributes::root(0o644), &fs::read("/proc/self/exe")?[..300_000])?;
         let layer = layer.finish()?;
         let blob = fs::read(&layer.path)?;
-        let tar = through("gzip", &["-dc"], &blob)?;
-        Ok((layer, blob, tar))
+        Ok((layer, blob))
     };
-    let (layer, blob, tar) = sound("sound")?;
+    let (layer, blob) = sound("sound", Packing::Gzip)?;
+    let tar = through(Command::new("gzip").arg("-dc"), &blob)?;
     let bytes = |blob: &[u8]| Layer::from_bytes(folder, blob, &layer.diff_id);
+    let (_, zstd) = sound("sound-zstd", Packing::Zstd)?;
+    let zstd_bytes = |blob: &[u8]| Ok::<_, anyhow::Error>(Layer { packing: Packing::Zstd, ..bytes(blob)? });
     let packed = |tar: &[u8]| {
         let diff_id: String = Sha256::digest(tar).iter().map(|byte| format!("{byte:02x}")).collect();
-        Layer::from_bytes(folder, &through("gzip", &["-nc"], tar)?, &format!("sha256:{diff_id}"))
+        Layer::from_bytes(folder, &through(Command::new("gzip").arg("-nc"), tar)?, &format!("sha256:{diff_id}"))
     };
-    let cut = blob.get(..blob.len() / 2).context("the blob is empty")?;
-    // Seen by the decoder or only by the diffID.
-    let mut flipped = blob.clone();
-    flipped[blob.len() / 2] ^= 0x40;
+    let cut = |blob: &[u8]| blob[..blob.len() / 2].to_vec();
+    let changed = |blob: &[u8], at: usize, bits: u8| {
+        let mut changed = blob.to_vec();
+        changed[at] ^= bits;
+        changed
+    };
+    // The first block is of no type that there is: behind gzip's header of ten bytes, bits 1 and 2.
+    let block_type = !blob.get(10).context("the blob is empty")? & 0b110;
     let mut wrong_header = tar.clone();
     // Inside the first header's name: its checksum is wrong then.
     wrong_header[1] ^= 0xff;
     let other = Layer::from_bytes(folder, &blob, &format!("sha256:{}", "0".repeat(64)))?;
     let case = |name, layer, says, unpacks| Broken { name, layer, says, unpacks };
     Ok(vec![
-        case("truncated-gzip", bytes(cut)?, "cut off", false),
-        case("damaged-gzip", bytes(&flipped)?, "", false),
+        case("truncated-gzip", bytes(&cut(&blob))?, "cut off", false),
+        case("damaged-gzip", bytes(&changed(&blob, 10, block_type))?, "compressed bytes are broken", false),
+        case("truncated-zstd", zstd_bytes(&cut(&zstd))?, "cut off", false),
+        case("damaged-zstd", zstd_bytes(&changed(&zstd, zstd.len() / 2, 0x40))?, "zstd frame is broken", false),
         case("no-archive", bytes(b"<html>not a layer</html>")?, "tar", false),
         case("damaged-tar", packed(&wrong_header)?, "tar", false),
         case("truncated-tar", packed(&tar[..100_000])?, "tar", false),
@@ -366,6 +373,60 @@ fn a_damaged_index_is_made_again() {
     });
 }
 
+/// A byte of a stored `entries` section flips on a node: what runs goes on, an image that needs the section anew is made without it
+/// and says so, and once the layer is gone from the node it comes again whole.
+#[test]
+fn damaged_entries_of_a_node_are_named() {
+    run_test("damaged_entries_of_a_node_are_named", |run_of| {
+        let tools = Tools::prepare(&|_| {})?;
+        let (one, two) = (run_of.folder().join("one"), run_of.folder().join("two"));
+        let image = small::build_variant(&one, &tools.busybox, small::Amount::LITTLE, "entries\n")?;
+        // Other chains of the same layers: their metadata images must be made from the entries.
+        let [base, middle, top] = &image.link_layers(&two)?[..] else { bail!("the image has three layers") };
+        let reordered = Image::assemble(&two, &[base.clone(), top.clone(), middle.clone()], PATH)?;
+        let mut scene = Scene::private(run_of, tools, &run_of.folder().join("registry"))?;
+        let (first, second) = (push(&scene, &image, "test/first")?, push(&scene, &reordered, "test/second")?);
+        scene.start_seeder(true)?;
+        scene.ingest(&first)?;
+        let node = scene.drover_node("[fill]\nenabled = false\n")?;
+        let (network, containerd, snapshotter) = (&scene.network, node.containerd(), node.snapshotter()?);
+        containerd.pull(network, "drover", &first)?;
+        for entry in fs::read_dir(snapshotter.root().join("layers"))? {
+            let path = entry?.path().join("entries");
+            let mut bytes = fs::read(&path)?;
+            *bytes.last_mut().context("an empty section")? ^= 1;
+            fs::write(&path, bytes)?;
+        }
+        snapshotter.restart_daemon()?;
+        let shows = |reference: &str, id: &str| -> Result<()> {
+            let printed =
+                containerd.output_of(network, "drover", reference, id, &["cat", "/version", "/srv/many/000/00001"]);
+            let printed = printed.with_context(|| format!("container {id}"))?;
+            ensure!(printed.starts_with("entries\n"), "container {id} printed {printed:?}");
+            Ok(())
+        };
+        shows(&first, "before")?;
+        containerd.pull(network, "drover", &second)?;
+        shows(&second, "damaged")?;
+        let status = snapshotter.status()?;
+        let reasons = ordinary_layers(&status);
+        println!("{reasons:#?}");
+        ensure!(reasons.iter().all(|reason| reason.contains("damaged")), "{}", snapshotter.status_text()?);
+        shows(&first, "beside")?;
+
+        for reference in [&first, &second] {
+            run(&mut containerd.ctr(network, &["image", "rm", "--sync", reference]))?;
+        }
+        wait_for("the layers are gone", Duration::from_secs(60), || {
+            snapshotter.status().is_ok_and(|status| status.images.is_empty() && status.bytes_here == 0)
+        })?;
+        containerd.pull(network, "drover", &second)?;
+        shows(&second, "again")?;
+        ensure!(ordinary_layers(&snapshotter.status()?).is_empty(), "not lazy:\n{}", snapshotter.status_text()?);
+        Ok(())
+    });
+}
+
 /// Runs a program that must refuse to start, and gives what it says.
 fn refusal(name: &str, mut command: Command) -> Result<String> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
@@ -393,17 +454,6 @@ fn declined(node: &Node, blob: &str) -> Result<String> {
     let found = lines.iter().rev().find(|line| line.contains(blob));
     let reason = found.map(|line| line.split_once("reason=").map_or(*line, |(_, reason)| reason).to_owned());
     reason.with_context(|| format!("no reason names {blob}: {lines:#?}"))
-}
-
-fn through(program: &str, arguments: &[&str], input: &[u8]) -> Result<Vec<u8>> {
-    let mut child = Command::new(program).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-    let mut stdin = child.stdin.take().context("no input")?;
-    let output = std::thread::scope(|scope| {
-        scope.spawn(move || stdin.write_all(input));
-        child.wait_with_output()
-    })?;
-    ensure!(output.status.success(), "{program}: {}", output.status);
-    Ok(output.stdout)
 }
 
 fn push(scene: &Scene, image: &Image, repository: &str) -> Result<String> {
