@@ -11,8 +11,10 @@
 #   make bench-files    a complete image against overlayfs: find, tar, imports, reads, a compiler (RUNS=...)
 #   make bench-footprint  memory and processor time of an idle node
 #   make bench-mesh     several nodes start an image at once (NODES="4 8", RUNS=..., SPEED=..., REGISTRY_SPEED=...)
+#   make bench-fetch    one node: blobs that nobody knows against the registry itself, single chunks of a neighbour (SPEED=..., REGISTRY_SPEED=...)
 #   make bench-swarm    a thousand nodes and more, simulated (SEED=..., ONLY="1000, 1 GiB")
 #   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
+#   make test-address   unit tests with the address sanitizer, where nightly Rust is
 #   make nightly        what takes too long for every change
 #   make soak           the kills of make test-faults alone, a hundred times as often
 
@@ -29,7 +31,7 @@ SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH$(,)HOME$(,)
 SPEED ?= 1000
 REGISTRY_SPEED ?= 200
 NODES ?= 8
-FUZZ_SECONDS ?= 25
+FUZZ_SECONDS ?= 30
 RUNS ?= 3
 SPEEDS ?= 200 1000
 
@@ -77,37 +79,40 @@ demo-mesh: bench-programs
 # A text as one word of the shell.
 quoted = '$(subst ','\'',$(1))'
 
-.PHONY: test test-unit test-fuse test-containerd test-mesh test-faults
-test: setup test-unit test-fuse test-containerd test-mesh test-faults
+.PHONY: test test-programs test-unit test-fuse test-containerd test-mesh test-faults
+# Each tier says how long it took: all of CI has 45 minutes on two cold processors, of which the build may take 12, and the tiers 3,
+# 4, 10, 6 and 5.
+test: setup
+	@for tier in test-programs test-unit test-fuse test-containerd test-mesh test-faults; do \
+	    start=$$SECONDS; $(MAKE) --no-print-directory $$tier; echo "=== $$tier: $$((SECONDS - start)) s"; done
 
 # All tests are built with the packages of the whole workspace, the daemons too: with a selection of packages some dependencies
 # would have other features, and most would be built again for each selection.
+test-programs: setup
+	$(CARGO) build --workspace --bins --tests
 
 # No root, no network, seconds.
 test-unit:
 	$(CARGO) test --workspace --lib --bins
 	$(CARGO) test --workspace --exclude integration --test '*'
 
-# The FUSE session, the keeper and EROFS on the real kernel.
+# The FUSE session, the keeper and EROFS on the real kernel, and all of them with an image of 128 layers.
 test-fuse: setup
-	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --workspace --test fuse --test erofs
+	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) $(CARGO) test --workspace --test fuse --test erofs --test layers
 
 # containerd's own snapshotter suite, everything end to end on the real containerd, every client with every containerd, and the
 # client of registries on a real one.
-test-containerd: setup
-	$(CARGO) build --workspace --bins --tests
+test-containerd: test-programs
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test snapshots --test containerd --test pull --test trouble --test clients --test registries
 
 # The mesh on the real programs: every test has a registry, a seeder and some nodes with a containerd each, so that more than two
 # tests at once take more memory than time.
-test-mesh: setup
-	$(CARGO) build --workspace --bins --tests
+test-mesh: test-programs
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 $(CARGO) test --workspace --test mesh -- --test-threads=2
 
 # Kills at moments that follow from a seed; see docs/RELIABILITY.md. Reads are timed, so no two at once.
 FAULTS ?= 1
-test-faults: setup
-	$(CARGO) build --workspace --bins --tests
+test-faults: test-programs
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_LAB_BUILT=1 DROVER_FAULTS=$(FAULTS) $(CARGO) test --workspace --test faults -- --test-threads=1 --nocapture
 
 .PHONY: check fmt clippy deny doc
@@ -131,7 +136,7 @@ $(DENY):
 fuzz: setup-fuzz
 	@CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(FUZZ_SECONDS)
 
-.PHONY: bench-single bench-files bench-footprint bench-kernels bench-swarm bench-mesh
+.PHONY: bench-single bench-files bench-footprint bench-kernels bench-swarm bench-mesh bench-fetch
 # The cores of many nodes on a modelled network. Without ONLY it takes hours, and the largest needs gigabytes of memory.
 bench-swarm:
 	@SEED=$(SEED) $(CARGO) bench --quiet -p swarm --bench mesh -- $(if $(ONLY),$(call quoted,$(ONLY)))
@@ -152,6 +157,9 @@ bench-single: bench-programs
 bench-mesh: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench_mesh --runs $(RUNS) $(foreach nodes,$(NODES),--nodes $(nodes)) \
 	    --speed $(SPEED) --registry-speed $(REGISTRY_SPEED)
+
+bench-fetch: bench-programs
+	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/bench_fetch --speed $(SPEED) --registry-speed $(REGISTRY_SPEED)
 
 bench-files: bench-programs
 	@$(SUDO) env DROVER_LAB_BUILT=1 $(TARGET)/release/files --runs $(RUNS)
@@ -174,6 +182,15 @@ nightly: setup-demo setup-fuzz
 	$(SUDO) env CARGO_TARGET_DIR=$(TARGET) DROVER_FAULTS=$(NIGHTLY_FAULTS) $(CARGO) test --release -p integration --test faults -- --test-threads=1 --nocapture
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run $(NIGHTLY_FUZZ_SECONDS)
 	CARGO=$(CARGO) CARGO_TARGET_DIR=$(TARGET) fuzz/run --address $(NIGHTLY_FUZZ_SECONDS)
+	$(MAKE) test-address
+
+# The unit tests of the crate whose unsafe code handles what comes from elsewhere, with the address sanitizer where nightly Rust is.
+.PHONY: test-address
+test-address:
+	@if $(CARGO) +nightly --version >/dev/null 2>&1; then \
+	    RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --quiet --package layer --lib --target-dir $(TARGET)/address \
+	        --target "$$(rustc -vV | sed -n 's/^host: //p')"; \
+	else echo "skipped: the address sanitizer needs nightly Rust (rustup toolchain install nightly)"; fi
 
 soak: setup
 	$(CARGO) build --release -p drover-snapshotter -p drover-seeder -p integration --bins

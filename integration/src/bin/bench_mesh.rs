@@ -3,14 +3,14 @@
 //! docs/BENCHMARKS.md says how to read and repeat it.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use lab::crowd::{Case, Crowd, Outcome};
-use lab::image::noise;
+use lab::image::{demo, noise};
 use lab::measure::Subject;
 use lab::network::Place;
 use lab::report::{machine, median, publish, spread};
@@ -42,6 +42,9 @@ struct Arguments {
     /// Pull the image whole with `drover-snapshotter pull --complete`, instead of starting a container that reads it
     #[arg(long)]
     pull: bool,
+    /// Start a container of the demonstration image instead, and time its first line on each node
+    #[arg(long)]
+    first_output: bool,
     /// Lines for the snapshotters' configuration
     #[arg(long, default_value = "")]
     extra: String,
@@ -90,6 +93,9 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
     let tools = Tools::prepare(&say)?;
     let cache = run.folder().parent().context("the run folder has no parent")?.join("image-cache");
     say("preparing the image");
+    if arguments.first_output {
+        return first_output(arguments, run, tools, &cache, &say);
+    }
     let size = arguments.megabytes * 1_000_000;
     let (image, expected) = (noise::build(&cache, &tools.busybox, size)?, noise::line(size));
     let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
@@ -128,6 +134,72 @@ fn bench(arguments: &Arguments, run: &Run) -> Result<()> {
         }
     }
     publish("bench-mesh", &report(arguments, &cases, &outcomes, image.compressed_size())?)
+}
+
+/// How the start of the demonstration image on many nodes compares with that on one.
+fn first_output(
+    arguments: &Arguments,
+    run: &Run,
+    tools: Tools,
+    cache: &Path,
+    say: &(dyn Fn(&str) + Sync),
+) -> Result<()> {
+    let image = demo::build(cache, say)?;
+    let mut scene = Scene::private(run, tools, &run.folder().join("registry"))?;
+    let registry = scene.registry.as_ref().context("the private registry is missing")?;
+    let reference = registry.push(&scene.network, &image, "bench/science", "1")?;
+    let subject = Subject { reference, program: demo::PROGRAM.map(str::to_owned).to_vec() };
+    scene.network.set_speed(arguments.speed)?;
+    scene.network.set_speed_of(Place::Registry, arguments.registry_speed)?;
+    let cases: Vec<Case> = Case::ALL
+        .into_iter()
+        .filter(|case| arguments.only.is_empty() || arguments.only.contains(&Which::of(*case)))
+        .collect();
+    let crowds: Vec<usize> = std::iter::once(1).chain(arguments.nodes.iter().copied()).collect();
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    for number in 1..=arguments.runs {
+        for &nodes in &crowds {
+            for &case in &cases {
+                let crowd = Crowd::gather(&mut scene, case, nodes, &subject, &arguments.extra)?;
+                let outcome = crowd.start(&scene, &subject, false)?;
+                drop(crowd);
+                let last = spread(outcome.first_lines()).1;
+                say(&format!("run {number} of {}, {nodes} nodes, {}: {last:.2} s", arguments.runs, case.label()));
+                outcomes.push(outcome);
+            }
+        }
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let mut text = format!(
+        "Medians of {} interleaved starts of the demonstration image ({:.1} MB compressed); links of {} Mbit/s, the registry's of \
+         {} Mbit/s; {}. The bound: one node alone, or as many times its processor time (the whole machine's without the seeder's) \
+         on {cores} processors.\n\n",
+        arguments.runs,
+        image.compressed_size() as f64 / 1e6,
+        arguments.speed,
+        arguments.registry_speed,
+        machine()
+    );
+    writeln!(text, "| nodes | start | one alone | CPU of one | bound | median node | last node | last ÷ bound |")?;
+    writeln!(text, "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")?;
+    for &nodes in crowds.iter().skip(1) {
+        for &case in &cases {
+            let of = |nodes| outcomes.iter().filter(move |of| (of.case, of.starts.len()) == (case, nodes));
+            let alone = median(of(1).flat_map(Outcome::first_lines));
+            let first = |outcome: &Outcome| outcome.starts.first().map(|start| start.machine_cpu_first.as_secs_f64());
+            let cpu = median(of(1).filter_map(first));
+            let bound = alone.max(nodes as f64 * cpu / cores);
+            let last = median(of(nodes).map(|outcome| spread(outcome.first_lines()).1));
+            writeln!(
+                text,
+                "| {nodes} | {} | {alone:.2} s | {cpu:.2} s | {bound:.2} s | {:.2} s | {last:.2} s | {:.2} |",
+                case.label(),
+                median(of(nodes).map(|outcome| median(outcome.first_lines()))),
+                last / bound
+            )?;
+        }
+    }
+    publish("bench-mesh-first", &text)
 }
 
 fn report(arguments: &Arguments, cases: &[Case], outcomes: &[Outcome], compressed: u64) -> Result<String> {
