@@ -26,6 +26,9 @@ const BACKGROUND: usize = 2;
 /// Tries to get a spans section in the background; the pause before each is twice the last, from a second on.
 const SPANS_TRIES: u32 = 6;
 
+/// Seeders that are asked for a layer while others fail in the middle of it.
+const SEEDERS_TRIED: usize = 3;
+
 /// How far a resolve is. It only changes when bytes moved somewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -190,7 +193,30 @@ impl Resolver {
     ) -> Result<Fetched<'_>, ResolveError> {
         let running = self.running.acquire().await.ok();
         self.seeders.grants().note(blob);
-        let mut resolution = self.seeders.resolve(blob).await?;
+        let mut attempts = 0;
+        let (parts, following) = loop {
+            attempts += 1;
+            let resolution = self.seeders.resolve(blob).await?;
+            let may_ask_others = resolution.has_others() && attempts < SEEDERS_TRIED;
+            match self.fetch_from(resolution, blob, &progress).await {
+                Err(ResolveError::NoSeeder(error) | ResolveError::Seeder(error))
+                    if error.is_gone() && may_ask_others =>
+                {
+                    tracing::debug!(blob = %blob.digest, %error, "a layer is asked of another seeder");
+                }
+                fetched => break fetched?,
+            }
+        };
+        Ok(Fetched { resolver: self, blob: blob.clone(), parts, following, _one: one, _running: running })
+    }
+
+    /// Gets an index from one seeder, and what comes of its layer meanwhile.
+    async fn fetch_from(
+        &self,
+        mut resolution: Resolution,
+        blob: &BlobRef,
+        progress: &watch::Sender<Progress>,
+    ) -> Result<(LayerParts, Option<Following>), ResolveError> {
         let mut following: Option<Following> = None;
         let (header, signed) = loop {
             let event = resolution.next().await?;
@@ -198,7 +224,7 @@ impl Resolver {
                 Event::Ready { header, signed } => break (header, signed),
                 Event::Unsupported(reason) => return Err(ResolveError::Unsupported(reason)),
                 Event::Progress(seen) => {
-                    tell(&progress, |progress| {
+                    tell(progress, |progress| {
                         progress.ingested = seen.blob_read.saturating_add(seen.ahead_read).max(progress.ingested);
                         progress.blob_size = seen.blob_size;
                     });
@@ -218,11 +244,11 @@ impl Resolver {
         let (node, checked) = (Arc::clone(&self.node), header.clone());
         blocking(move || node.check_refused(&checked)).await?;
         let (entries, chunk_digests) = tokio::try_join!(
-            self.section(&resolution, &header, Section::Entries, &progress),
-            self.section(&resolution, &header, Section::ChunkDigests, &progress),
+            self.section(&resolution, &header, Section::Entries, progress),
+            self.section(&resolution, &header, Section::ChunkDigests, progress),
         )?;
         let parts = LayerParts { header: *header, signature: signed.encode(), entries, chunk_digests, spans: None };
-        Ok(Fetched { resolver: self, blob: blob.clone(), parts, following, _one: one, _running: running })
+        Ok((parts, following))
     }
 
     /// The client of the seeders.

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ const REST_MAX: Duration = Duration::from_secs(30);
 const LINE_REST: Duration = Duration::from_secs(15);
 /// What a seeder gives in less than this is no sign that it will give a chunk in time.
 const MOVED_MIN: usize = 16 << 10;
+/// A seeder that says nothing for so long while another one works is asked whether it lives, and given up when that takes as long.
+const QUIET: Duration = Duration::from_secs(1);
 /// Largest event of a resolve: a header, a signature and a few certificates.
 const EVENT_BYTES_MAX: usize = 256 << 10;
 
@@ -179,6 +182,11 @@ impl SeederError {
         }
     }
 
+    /// Whether it is the seeder that fails, whatever it was asked.
+    pub(crate) const fn is_gone(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Stalled { .. })
+    }
+
     /// Whether another seeder may do better although this one answered.
     pub(super) const fn is_elsewhere(&self) -> bool {
         !matches!(self, Self::Wrong { .. } | Self::Ingest { .. } | Self::Busy { .. })
@@ -305,7 +313,7 @@ impl Client {
             identity.settle().await;
         }
         let digest = blob.digest;
-        self.first_of(digest, |seat| {
+        self.first_of(digest, |seat, has_others| {
             let request = request.clone();
             async move {
                 let mut control = ControlClient::new(seat.channel.clone()).max_decoding_message_size(EVENT_BYTES_MAX);
@@ -313,7 +321,7 @@ impl Client {
                 match answer.map_err(|_| seat.stalled())? {
                     Ok(answer) => {
                         let events = answer.into_inner();
-                        Ok(Resolution { client: self.clone(), seat, blob: digest, events, digests: None })
+                        Ok(Resolution { client: self.clone(), seat, has_others, blob: digest, events, digests: None })
                     }
                     Err(status) => Err(seat.status_error(status).await),
                 }
@@ -325,7 +333,7 @@ impl Client {
     /// Fetches a section of the index that `header` names, from whichever seeder has it or names somebody who has. Its digest is
     /// not verified.
     pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        self.first_of(header.blob(), |seat| {
+        self.first_of(header.blob(), |seat, _| {
             let header = header.clone();
             async move { self.section_by(&seat, &header, section).await }
         })
@@ -335,7 +343,7 @@ impl Client {
     /// Asks a seeder to renew this machine's certificate, for the key that made the request (PKCS #10).
     pub async fn renew(&self, certificate_request: &[u8]) -> Result<Certificate, SeederError> {
         let request = RenewRequest { certificate_request: certificate_request.to_vec() };
-        self.first(|seat| {
+        self.first(|seat, _| {
             let (mut enrolment, request) = (EnrolmentClient::new(seat.channel.clone()), request.clone());
             async move {
                 let answer = tokio::time::timeout(seat.stall, enrolment.renew(request)).await;
@@ -388,8 +396,10 @@ impl Client {
     /// Whether a seeder answers.
     #[cfg(test)]
     pub(crate) async fn is_there(&self) -> Result<(), SeederError> {
-        self.first(|seat| async move { seat.bulk.get("/healthz").await.map(drop).map_err(|fault| seat.error(fault)) })
-            .await
+        self.first(
+            |seat, _| async move { seat.bulk.get("/healthz").await.map(drop).map_err(|fault| seat.error(fault)) },
+        )
+        .await
     }
 
     /// The seeders, by name, and a channel to each.
@@ -416,7 +426,7 @@ impl Client {
     pub(super) async fn first_of<T, F: Future<Output = Result<T, SeederError>>>(
         &self,
         blob: Digest,
-        work: impl Fn(Arc<Seat>) -> F,
+        work: impl Fn(Arc<Seat>, bool) -> F,
     ) -> Result<T, SeederError> {
         Self::first_among(self.seats_of(blob).await?, work).await
     }
@@ -428,21 +438,22 @@ impl Client {
         Ok(seats)
     }
 
-    /// Runs `work` with one seeder after the other until one answers.
+    /// Runs `work` with one seeder after the other until one answers. It is told whether there are others that work.
     pub(super) async fn first<T, F: Future<Output = Result<T, SeederError>>>(
         &self,
-        work: impl Fn(Arc<Seat>) -> F,
+        work: impl Fn(Arc<Seat>, bool) -> F,
     ) -> Result<T, SeederError> {
         Self::first_among(self.seats().await?, work).await
     }
 
     async fn first_among<T, F: Future<Output = Result<T, SeederError>>>(
         seats: Vec<Arc<Seat>>,
-        work: impl Fn(Arc<Seat>) -> F,
+        work: impl Fn(Arc<Seat>, bool) -> F,
     ) -> Result<T, SeederError> {
         let mut last = None;
-        for seat in seats {
-            match work(Arc::clone(&seat)).await {
+        for (place, seat) in seats.iter().enumerate() {
+            let has_others = seats.iter().skip(place + 1).any(|other| other.resting().is_none());
+            match seat.attend(has_others, work(Arc::clone(seat), has_others)).await {
                 Ok(done) => {
                     seat.praise();
                     return Ok(done);
@@ -565,6 +576,8 @@ fn seat_name(host: &str, address: SocketAddr) -> String {
 pub struct Resolution {
     client: Client,
     seat: Arc<Seat>,
+    /// Others work, too.
+    has_others: bool,
     blob: Digest,
     events: tonic::Streaming<ResolveEvent>,
     digests: Option<(u32, Vec<u8>)>,
@@ -578,12 +591,16 @@ impl Resolution {
 
     /// The next event; `None` after the last.
     pub async fn next(&mut self) -> Result<Option<Event>, SeederError> {
-        let next = tokio::time::timeout(self.seat.stall, self.events.message());
-        let event = match next.await.map_err(|_| self.seat.stalled())? {
-            Ok(None) => return Ok(None),
-            Ok(Some(event)) => event.event.ok_or_else(|| self.seat.wrong("an event of an unknown kind"))?,
-            Err(status) => return Err(self.seat.status_error(status).await),
+        let (seat, events) = (&self.seat, &mut self.events);
+        let next = async {
+            match tokio::time::timeout(seat.stall, events.message()).await.map_err(|_| seat.stalled())? {
+                Ok(event) => Ok(event),
+                Err(status) => Err(seat.status_error(status).await),
+            }
         };
+        let next = seat.attend(self.has_others, next).await.inspect_err(|error| seat.judge(error))?;
+        let Some(event) = next else { return Ok(None) };
+        let event = event.event.ok_or_else(|| self.seat.wrong("an event of an unknown kind"))?;
         Ok(Some(match event {
             resolve_event::Event::Progress(progress) => {
                 self.digests = Some((progress.first_digest, progress.digests));
@@ -610,12 +627,19 @@ impl Resolution {
 
     /// The error for a conversation that ended before the layer was ready.
     pub fn ended_early(&self) -> SeederError {
-        self.seat.wrong("the conversation ended before the layer was ready")
+        let reason = "the conversation ended before the layer was ready".to_owned();
+        SeederError::Unreachable { seeder: self.seat.name.clone(), reason }
     }
 
     /// Fetches a section from this seeder or from whom it names. Its digest is not verified.
     pub async fn section(&self, header: &Header, section: Section) -> Result<Vec<u8>, SeederError> {
-        self.client.section_by(&self.seat, header, section).await
+        let fetched = self.seat.attend(self.has_others, self.client.section_by(&self.seat, header, section)).await;
+        fetched.inspect_err(|error| self.seat.judge(error))
+    }
+
+    /// Whether another seeder works, so that it may be asked after a failure of this one.
+    pub(crate) const fn has_others(&self) -> bool {
+        self.has_others
     }
 
     /// What came with the last event: the digests of chunks that the seeder made, and the first of these chunks.
@@ -638,6 +662,33 @@ impl Seat {
             .connect_with_connector_lazy(http2);
         let moved = Moved { at: tokio::time::Instant::now(), bytes: 0 };
         Self { name, bulk, channel, stall: options.stall_timeout, rest: Mutex::default(), moved: Mutex::new(moved) }
+    }
+
+    /// Waits for what this seeder does; where there are others, only while it answers at all. An ingest may be silent for long, but
+    /// whoever does it says that it lives.
+    async fn attend<T>(
+        &self,
+        has_others: bool,
+        work: impl Future<Output = Result<T, SeederError>>,
+    ) -> Result<T, SeederError> {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                lives = self.lives(), if has_others => {
+                    if !lives {
+                        return Err(self.error(Fault::Stalled(QUIET * 2)));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether it answers, asked after a while.
+    async fn lives(&self) -> bool {
+        tokio::time::sleep(QUIET).await;
+        tokio::time::timeout(QUIET, self.bulk.get("/healthz")).await.is_ok()
     }
 
     pub(super) async fn chunks(&self, blob: Digest, run: &Range<u32>, priority: Priority) -> Result<Body, SeederError> {

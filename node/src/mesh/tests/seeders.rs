@@ -2,16 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use layer::{ChunkIndex, Digest};
+use tokio::sync::watch;
 
-use super::cluster::{Cluster, MemberSetup, Seeder, read_all, until};
+use super::cluster::{Cluster, MemberSetup, PATIENCE, Seeder, read_all, until};
 use super::line::{Fault, Line};
+use crate::config::SeederAddresses;
 use crate::ingest::Phase;
 use crate::ingest::tests::{Sample, finished};
-use crate::seeder::share;
+use crate::resolve::{self, Progress, Resolver};
+use crate::security::Security;
+use crate::seeder::{self, share};
 use crate::source::BlobRef;
+use crate::{Node, NodeConfig, registry};
 
 /// The layers that belong to the seeder at `address`, with so many members.
 fn shares(blobs: &[BlobRef], seeders: [SocketAddr; 2], address: SocketAddr, members: usize) -> BTreeMap<Digest, usize> {
@@ -113,6 +119,46 @@ async fn a_silent_seeder_is_done_without_where_another_has_the_layer() {
         }
         assert_eq!(layer.counters().reads_failed, 0);
         member.node.shutdown().await;
+    }
+}
+
+/// The seeder whose the layer is stands still before it is asked, or while it makes the index; the other one works.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seeder_that_stands_still_holds_up_no_pull_where_another_works() {
+    for (seed, is_new) in [(82, false), (83, true)] {
+        let cluster = Cluster::new().await;
+        let seeders = [cluster.seeder("one", 0).await, cluster.seeder("two", 0).await];
+        let sample = Sample::new(seed);
+        let blob = cluster.registry.put_blob(sample.blob.clone());
+        if is_new {
+            cluster.registry.set(|behaviour| behaviour.pause = Duration::from_millis(20));
+        } else {
+            for seeder in &seeders {
+                finished(seeder.ingester.ask(&blob).await.unwrap()).await;
+            }
+        }
+        let lines = [Line::to(seeders[0].address).await, Line::to(seeders[1].address).await];
+        let owner = lines.iter().max_by_key(|line| share(&line.address().to_string(), blob.digest)).unwrap();
+        let node = Node::open(NodeConfig::new(cluster.folder().join("node"))).unwrap();
+        let addresses = SeederAddresses::new(lines.iter().map(|line| line.address().to_string())).unwrap();
+        // No limit of a single seeder ends what this test waits for.
+        let limit = 10 * PATIENCE;
+        let seeder = seeder::Options { connect_timeout: limit, stall_timeout: limit };
+        let options = resolve::Options { seeder, registry: registry::Options::default() };
+        let registries = cluster.registry.config();
+        let resolver = Resolver::with_options(node.clone(), &addresses, &Security::Off, &registries, options);
+        let (progress, mut seen) = watch::channel(Progress::default());
+        let resolved = resolver.resolve(&blob, progress);
+        let fault = async {
+            if is_new {
+                seen.wait_for(|progress| progress.ingested > 0).await.unwrap();
+            }
+            owner.set(Fault::Stalled);
+        };
+        let both = async { tokio::join!(fault, resolved).1 };
+        let layer = tokio::time::timeout(PATIENCE, both).await.expect("another seeder is asked").unwrap();
+        read_all(&layer, &sample).await;
+        node.shutdown().await;
     }
 }
 

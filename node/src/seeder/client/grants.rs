@@ -19,7 +19,7 @@ impl Giver for Seeders {
         Box::pin(async move {
             let Some(shared) = self.0.upgrade() else { return Answer::Later("this machine stops".to_owned()) };
             let client = Client { shared };
-            let asked = client.first_of(blob, |seat| {
+            let asked = client.first_of(blob, |seat, _| {
                 let request = request.clone();
                 async move { ask(&seat, request).await }
             });
