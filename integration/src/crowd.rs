@@ -93,14 +93,22 @@ impl Crowd {
 
     fn outcome_of(&self, scene: &Scene, work: impl Fn(&Node) -> Result<Start> + Sync) -> Result<Outcome> {
         let before = self.flows(scene)?;
-        let seeder_cpu = || scene.seeder.as_ref().map_or(Duration::ZERO, |seeder| seeder.daemon().usage().cpu);
-        let seeder_cpu_before = seeder_cpu();
+        let helpers_cpu = || -> Result<Duration> {
+            let seeder = scene.seeder.as_ref().map_or(Duration::ZERO, |seeder| seeder.daemon().usage().cpu);
+            let first = self.first.as_ref().map(|first| first.snapshotter().map(|has| has.daemon().usage().cpu));
+            Ok(seeder + first.transpose()?.unwrap_or_default())
+        };
+        let cpu_before = helpers_cpu()?;
         let nodes: Vec<_> = self.nodes.iter().collect();
         let starts = on_each(&nodes, work).into_iter().zip(&nodes);
         let named = |node: &Node| format!("{}: {:?}", self.case.label(), node.place());
         let starts = starts.map(|(start, node)| start.with_context(|| named(node))).collect::<Result<_>>()?;
-        let seeder_cpu = seeder_cpu().saturating_sub(seeder_cpu_before);
-        Ok(Outcome { case: self.case, starts, flows: self.flows(scene)?.since(&before), seeder_cpu })
+        let helpers_cpu = helpers_cpu()?.saturating_sub(cpu_before);
+        let device = match self.case {
+            Case::Overlayfs => 0,
+            _ => self.nodes.first().map(Progress::of).transpose()?.unwrap_or_default().device,
+        };
+        Ok(Outcome { case: self.case, starts, flows: self.flows(scene)?.since(&before), helpers_cpu, device })
     }
 
     /// What `program` prints on each node, one after the other.
@@ -150,8 +158,10 @@ pub struct Outcome {
     pub starts: Vec<Start>,
     /// What the links carried.
     pub flows: Flows,
-    /// Processor time that the seeder took meanwhile.
-    pub seeder_cpu: Duration,
+    /// Processor time that the seeder took meanwhile, and the node that has the image.
+    pub helpers_cpu: Duration,
+    /// Plain bytes of the image on a node; 0 with overlayfs.
+    pub device: u64,
 }
 
 impl Outcome {
@@ -165,9 +175,9 @@ impl Outcome {
         self.starts.iter().filter_map(|start| Some(start.complete?.as_secs_f64()))
     }
 
-    /// Processor time of the snapshotters and the seeder together.
+    /// Processor time of all snapshotters and the seeder together.
     pub fn cpu(&self) -> Duration {
-        self.seeder_cpu + self.starts.iter().map(|start| start.node_usage.cpu).sum::<Duration>()
+        self.helpers_cpu + self.starts.iter().map(|start| start.node_usage.cpu).sum::<Duration>()
     }
 
     /// Most bytes of memory that a snapshotter had.
