@@ -33,12 +33,14 @@ impl Shared {
         }
         let room = self.ledger.room();
         let size = |bytes: u64| ByteSize::b(bytes).display().iec().to_string();
+        let place = if room.is_short_of_disk() {
+            "its file system has no more above cache.keep_free: free space there".to_owned()
+        } else {
+            format!("cache.size is {}: allow this seeder more", size(room.limit()))
+        };
+        let (wanted, taken) = (size(bytes), size(room.taken()));
         let reason = format!(
-            "there is no room for {}: {} of {} are in use and nothing more can go; allow this seeder more with cache.size, or free \
-             space on its file system",
-            size(bytes),
-            size(room.taken()),
-            size(room.limit()),
+            "there is no room for {wanted}: of the {taken} that the seeder has nothing more can go, and {place}"
         );
         Err(io::Error::new(io::ErrorKind::QuotaExceeded, reason))
     }

@@ -290,6 +290,11 @@ impl Room {
         self.limit.load(Ordering::Relaxed)
     }
 
+    /// Whether the file system leaves less than the configured size, as of the last look.
+    pub(crate) fn is_short_of_disk(&self) -> bool {
+        self.limit() < self.size
+    }
+
     /// What can still be taken.
     pub(crate) fn free(&self) -> u64 {
         let left = self.limit().saturating_sub(self.taken());
