@@ -7,6 +7,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+/// Enough for a thread that only calls the kernel.
+const STACK: usize = 128 << 10;
+
 /// A disk.
 pub trait Backend: Debug + Send + Sync + 'static {
     /// Opens a file to read and write; `create` makes it, empty, where it does not exist.
@@ -26,6 +29,12 @@ pub trait Backend: Debug + Send + Sync + 'static {
 
     /// Makes what was made, renamed and removed in a directory durable.
     fn sync_directory(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes what was written to `files`, and what was made, renamed and removed in `directories`, durable; in which order is open.
+    fn sync_all(&self, files: &[Arc<dyn File>], directories: &[&Path]) -> io::Result<()> {
+        files.iter().try_for_each(|file| file.sync())?;
+        directories.iter().try_for_each(|directory| self.sync_directory(directory))
+    }
 
     /// How large the file system of `path` is, and how much of it can still be written.
     fn space(&self, path: &Path) -> io::Result<Space>;
@@ -88,20 +97,40 @@ pub(crate) fn read_file(backend: &dyn Backend, path: &Path, len_max: u64) -> io:
     Ok(bytes)
 }
 
-/// Writes a new file, durable but for its name.
-pub(crate) fn write_file(backend: &dyn Backend, path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a new file, which is to be synced.
+pub(crate) fn write_file(backend: &dyn Backend, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn File>> {
     let file = backend.open(path, true)?;
     file.set_len(0)?;
     file.write_at(bytes, 0)?;
-    file.sync()
+    Ok(file)
 }
 
 /// Replaces a file so that after a crash either all of it is old or all of it is new.
 pub(crate) fn replace_file(backend: &dyn Backend, directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let temporary = directory.join(format!("{name}.new"));
-    write_file(backend, &temporary, bytes)?;
+    write_file(backend, &temporary, bytes)?.sync()?;
     backend.rename(&temporary, &directory.join(name))?;
     backend.sync_directory(directory)
+}
+
+/// Runs all of `works` at once, each on a thread of its own: the disk brings many files to rest in about the time of one. Seven small
+/// ones take 2.4 ms one after the other and 0.6 at once, beside others who write 28 ms and 0.9 (ext4, medians of 15).
+pub(crate) fn at_once<T: Sync>(works: &[T], work: impl Fn(&T) -> io::Result<()> + Sync) -> io::Result<()> {
+    let Some((last, others)) = works.split_last() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let work = &work;
+        let start = |one| std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || work(one));
+        let running: Vec<_> = others.iter().map(|one| (one, start(one))).collect();
+        let ended = work(last);
+        running.into_iter().fold(ended, |ended, (one, thread)| {
+            let other = match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread that syncs panicked"))),
+                // Too many threads.
+                Err(_) => work(one),
+            };
+            ended.and(other)
+        })
+    })
 }
 
 /// Whether a write failed because there is no room on the disk for it.

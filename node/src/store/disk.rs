@@ -15,7 +15,7 @@ use std::{fs, thread};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock, statvfs};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
-use super::backend::{Backend, File, Space};
+use super::backend::{Backend, File, Space, at_once};
 
 /// `RWF_DONTCACHE` (include/uapi/linux/fs.h, since Linux 6.14): what a read brings into the page cache leaves with it.
 const RWF_DONTCACHE: u32 = 0x80;
@@ -69,6 +69,19 @@ impl Backend for Disk {
 
     fn sync_directory(&self, path: &Path) -> io::Result<()> {
         fs::File::open(path)?.sync_all()
+    }
+
+    fn sync_all(&self, files: &[Arc<dyn File>], directories: &[&Path]) -> io::Result<()> {
+        enum Dirty<'a> {
+            File(&'a dyn File),
+            Directory(&'a Path),
+        }
+        let directories = directories.iter().map(|directory| Dirty::Directory(directory));
+        let dirty: Vec<_> = files.iter().map(|file| Dirty::File(&**file)).chain(directories).collect();
+        at_once(&dirty, |dirty| match dirty {
+            Dirty::File(file) => file.sync(),
+            Dirty::Directory(directory) => self.sync_directory(directory),
+        })
     }
 
     fn space(&self, path: &Path) -> io::Result<Space> {

@@ -210,9 +210,10 @@ impl LayerStore {
         }
         let encoded = header.encode();
         files.extend([(HEADER, &encoded[..]), (IDENTITY, identity.as_bytes())]);
+        let mut written = Vec::with_capacity(files.len() + 1);
         for (name, bytes) in files {
             let path = directory.join(name);
-            write_file(backend, &path, bytes).map_err(StoreError::io("write", &path))?;
+            written.push(write_file(backend, &path, bytes).map_err(StoreError::io("write", &path))?);
         }
 
         let none = Have::none(geometry);
@@ -221,15 +222,15 @@ impl LayerStore {
         have.set_len(0)
             .and_then(|()| have.write_at(&none.bits, BITS_OFFSET))
             .and_then(|()| have.write_at(&Have::clean_header(geometry, &none.bits, false), 0))
-            .and_then(|()| have.sync())
             .map_err(StoreError::io("write", &have_path))?;
+        written.push(have.clone());
         let device_path = directory.join(DEVICE);
         let device = match incoming {
             Some(incoming) => incoming.device().clone(),
             None => backend.open(&device_path, true).map_err(StoreError::io("create", &device_path))?,
         };
         device.set_len(geometry.device_size()).map_err(StoreError::io("size", &device_path))?;
-        backend.sync_directory(directory).map_err(StoreError::io("sync", directory))?;
+        backend.sync_all(&written, &[directory]).map_err(StoreError::io("sync", directory))?;
 
         let kept = incoming.map(IncomingStore::wire).filter(|wire| wire.chunk_log2() == geometry.chunk_log2());
         let wire = match kept {
