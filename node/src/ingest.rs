@@ -13,6 +13,7 @@
 
 pub mod control;
 pub mod encode;
+mod flush;
 pub mod frames;
 pub mod known;
 mod ledger;

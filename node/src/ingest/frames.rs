@@ -303,6 +303,11 @@ impl Frames {
         saved
     }
 
+    /// Brings what was appended to the disk; without [`Frames::save`] no restart finds it. Blocks on the disk.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
     /// Whether enough was appended that [`Frames::save`] is due.
     pub fn save_is_due(&self) -> bool {
         *self.unsaved.lock() >= SAVE_AFTER_BYTES

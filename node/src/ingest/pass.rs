@@ -13,6 +13,7 @@ use layer::{ChunkDigest, ChunkIndex};
 use tokio::sync::{mpsc, watch};
 
 use super::encode::Batch;
+use super::flush::Flush;
 use super::frames::Frames;
 use super::window::{WINDOW_FREE, Window};
 use super::{Digests, Ended, IngestFailure, Phase, Piece, TELL_WAITING, tell_ahead};
@@ -83,6 +84,12 @@ impl Pass {
         ingest.limit_window(WINDOW_FREE);
         let mut told = Instant::now();
 
+        let mut file = match self.is_whole {
+            true => None,
+            false => Some(OpenOptions::new().append(true).create(true).open(&self.path)?),
+        };
+        let flushed = file.as_ref().map(File::try_clone).transpose()?;
+        let mut flush = Flush::start(flushed, Arc::clone(&self.frames))?;
         if self.blob_here > 0 {
             let mut file = File::open(&self.path)?;
             let mut buffer = vec![0; READ_LEN];
@@ -92,13 +99,14 @@ impl Pass {
                     break;
                 }
                 self.take(&mut ingest, buffer.get(..read).unwrap_or_default(), &mut told)?;
+                flush.wrote(ingest.blob_read() + self.frames.len());
             }
         }
-        if !self.is_whole {
-            let mut file = OpenOptions::new().append(true).create(true).open(&self.path)?;
+        if let Some(file) = &mut file {
             while let Some(piece) = self.pieces.blocking_recv() {
                 file.write_all(&piece.bytes)?;
                 self.take(&mut ingest, &piece.bytes, &mut told)?;
+                flush.wrote(ingest.blob_read() + self.frames.len());
             }
         }
         self.tell(&ingest);
@@ -107,6 +115,7 @@ impl Pass {
             self.batch.push(chunk, plain);
         });
         self.batch.finish()?;
+        flush.finish()?;
         Ok(Passed { blob, result })
     }
 

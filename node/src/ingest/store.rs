@@ -27,6 +27,7 @@ use rustix::fs::FlockOperation;
 
 use super::frames::Frames;
 use crate::security::Signed;
+use crate::store::at_once;
 
 const VERSION: u32 = 1;
 /// A broken-off ingest that nobody asked to go on with for so long is removed when the store is opened.
@@ -175,23 +176,29 @@ impl Store {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => fs::create_dir(&directory)?,
         }
-        write_synced(&directory.join("header"), &index.header.encode())?;
+        let mut written = vec![write(&directory.join("header"), &index.header.encode())?];
         for section in Section::ALL {
-            write_synced(&directory.join(section.name()), index.section(section))?;
+            written.push(write(&directory.join(section.name()), index.section(section))?);
         }
-        write_signed(&directory, signed)?;
-        sync_directory(&directory)?;
-        frames.save()?;
+        written.push(write(&directory.join("signature"), &signed.encode())?);
+        written.push(File::open(&directory)?);
+        let path = incoming.blob_path();
         if !has_blob {
-            let path = incoming.blob_path();
-            File::open(&path)?.sync_all()?;
+            written.push(File::open(&path)?);
+        }
+        let mut dirty: Vec<_> = written.iter().map(Dirty::File).collect();
+        dirty.push(Dirty::Frames(frames));
+        at_once(&dirty, |dirty| match dirty {
+            Dirty::File(file) => file.sync_all(),
+            Dirty::Frames(frames) => frames.save(),
+        })?;
+        if !has_blob {
             fs::rename(&path, self.blob_path(blob))?;
-            sync_directory(&self.root.join("blobs"))?;
         }
         let wire = self.wire_path(blob);
         remove_directory(&wire)?;
         frames.rename(&wire)?;
-        sync_directory(&self.root.join("wire"))?;
+        at_once(&["blobs", "wire"], |name| sync_directory(&self.root.join(name)))?;
         let place = self.index_path(blob);
         remove_directory(&place)?;
         fs::rename(&directory, &place)?;
@@ -302,7 +309,8 @@ impl Store {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 // Renamed into place whole: a version file that a crash cut off would lock the store for good.
-                write_synced(&self.root.join("version.new"), text.as_bytes()).map_err(io_error)?;
+                let version = write(&self.root.join("version.new"), text.as_bytes()).map_err(io_error)?;
+                version.sync_all().map_err(io_error)?;
                 fs::rename(self.root.join("version.new"), &path).map_err(io_error)?;
                 sync_directory(&self.root).map_err(io_error)
             }
@@ -406,9 +414,15 @@ fn check_sections(directory: &Path, header: &Header) -> io::Result<()> {
     Ok(())
 }
 
+/// What is to be on the disk before the layer counts.
+enum Dirty<'a> {
+    File(&'a File),
+    Frames(&'a Frames),
+}
+
 fn write_signed(directory: &Path, signed: &Signed) -> io::Result<()> {
     let new = directory.join("signature.new");
-    write_synced(&new, &signed.encode())?;
+    write(&new, &signed.encode())?.sync_all()?;
     fs::rename(&new, directory.join("signature"))
 }
 
@@ -421,10 +435,11 @@ fn read_small(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Writes a file that is to be synced.
+fn write(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    Ok(file)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {

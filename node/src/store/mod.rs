@@ -48,6 +48,7 @@ use crate::config::CacheConfig;
 
 pub(crate) use self::layer::{Added, Change, Held, LayerStore, Proof, Unit, Unstored};
 pub(crate) use self::room::Room;
+pub(crate) use backend::at_once;
 pub use backend::{Backend, File, Space};
 pub use disk::Disk;
 pub(crate) use incoming::IncomingStore;
