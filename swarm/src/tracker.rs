@@ -19,6 +19,9 @@ use crate::swarm::{LayerKey, Priority};
 pub struct TrackerConfig {
     /// Neighbours that a node is introduced to when it joins; with those who join later it comes to about twice as many.
     pub introductions: usize,
+    /// Neighbours that a node has at least once those who joined with it have joined: nobody joins later to give the last ones
+    /// more. They are introduced to others who have fewer.
+    pub neighbours_min: usize,
     /// Most neighbours of a node.
     pub neighbours_max: usize,
     /// How many of four neighbours are zone-mates, where there are enough.
@@ -54,6 +57,7 @@ impl Default for TrackerConfig {
     fn default() -> Self {
         Self {
             introductions: 12,
+            neighbours_min: 20,
             neighbours_max: 32,
             mates_of_four: 3,
             spread_bytes: 4 << 20,
@@ -159,6 +163,9 @@ struct Members {
     complete: usize,
     /// For drawing lots.
     list: Vec<PeerId>,
+    /// Who joined shortly after each other, and when the last of them did.
+    newcomers: Vec<PeerId>,
+    joined: Duration,
     /// Members of each zone in turn, and what has entered it.
     zones: BTreeMap<Zone, InZone>,
     /// Chunks that nobody was given by this tracker or told to have.
@@ -216,6 +223,8 @@ const NOT_GIVEN: Given = Given { at: Duration::ZERO, to: NOBODY, copies: 0, sent
 const EXPELLED_MAX: usize = 4096;
 /// Most runs that cross into zones because those came later.
 const CROSSINGS_MAX: usize = 512;
+/// When nobody joined for so long, those who joined last will not be introduced to later ones.
+const SETTLED: Duration = Duration::from_millis(200);
 /// How often assignments are looked after.
 const STEP: Duration = Duration::from_millis(250);
 
@@ -421,6 +430,7 @@ impl Tracker {
             if looks_for_silence {
                 self.forget_silent(layer);
             }
+            self.settle(layer);
             let Some(members) = self.layers.get_mut(&layer) else { continue };
             let due: Vec<_> =
                 members.under_way.iter().filter(|(_, way)| way.until <= now).map(|(key, _)| *key).collect();
@@ -486,47 +496,73 @@ impl Tracker {
         found
     }
 
-    /// Gives a node neighbours: zone-mates first, of a few drawn by lot those with the fewest. Two that have all of the layer
-    /// need not know each other: else, with many layers, all nodes would.
+    /// Gives a newcomer neighbours, of a few drawn by lot from its zone and from all.
     fn introduce(&mut self, layer: LayerKey, peer: PeerId) {
+        let draws = self.config.introductions * 4;
+        let draws: Vec<u64> = (0..2 * draws).map(|_| self.next_random()).collect();
         let Some(members) = self.layers.get(&layer) else { return };
+        let Some(mates) = members.peers.get(&peer).and_then(|member| members.zones.get(&member.zone)) else { return };
+        let at = |draw: &u64, len: usize| usize::try_from(draw % len.max(1) as u64).unwrap_or(0);
+        let (near, far) = draws.split_at(draws.len() / 2);
+        let near = near.iter().filter_map(|draw| mates.turn.get(at(draw, mates.turn.len())));
+        let far = far.iter().filter_map(|draw| members.list.get(at(draw, members.list.len())));
+        let drawn = near.chain(far).copied().collect();
+        self.acquaint(layer, peer, self.config.introductions, drawn);
+    }
+
+    /// Once nobody joins any more, the newcomers who have few neighbours are given more: of each other or, where those are few, of
+    /// whoever joined with them last.
+    fn settle(&mut self, layer: LayerKey) {
+        let (now, neighbours_min) = (self.now, self.config.neighbours_min);
+        let Some(members) = self.layers.get_mut(&layer).filter(|members| members.joined + SETTLED <= now) else {
+            return;
+        };
+        let peers = &members.peers;
+        let is_sparse = |member: &Member| member.neighbours.len() < neighbours_min && !member.have.is_full();
+        let newcomers = std::mem::take(&mut members.newcomers);
+        let sparse = newcomers.iter().filter(|peer| peers.get(peer).is_some_and(is_sparse));
+        let sparse: Vec<PeerId> = sparse.copied().collect();
+        let draws = neighbours_min * 4;
+        for peer in &sparse {
+            let drawn = if sparse.len() <= draws {
+                newcomers.iter().rev().take(draws).copied().collect()
+            } else {
+                let at = |draw: u64| usize::try_from(draw % sparse.len() as u64).unwrap_or(0);
+                (0..draws).filter_map(|_| sparse.get(at(self.next_random())).copied()).collect()
+            };
+            self.acquaint(layer, *peer, neighbours_min, drawn);
+        }
+    }
+
+    /// Introduces a node to some of those drawn until it has so many neighbours: zone-mates first, and those with the fewest. Two that
+    /// have all of the layer need not know each other: else, with many layers, all nodes would.
+    fn acquaint(&mut self, layer: LayerKey, peer: PeerId, neighbours: usize, drawn: BTreeSet<PeerId>) {
+        let Some(members) = self.layers.get_mut(&layer) else { return };
         let Some(member) = members.peers.get(&peer) else { return };
-        let (zone, has, is_complete) = (member.zone, member.neighbours.len(), member.have.is_full());
+        let (zone, is_complete) = (member.zone, member.have.is_full());
         if is_complete && members.complete == members.peers.len() {
             return;
         }
-        let wanted = self.config.introductions.saturating_sub(has);
+        let wanted = neighbours.saturating_sub(member.neighbours.len());
         let mates_wanted = wanted * self.config.mates_of_four / 4;
-        let mut drawn: BTreeSet<(bool, usize, u64, PeerId)> = BTreeSet::new();
-        for from_zone in [true, false] {
-            for _ in 0..wanted * 4 {
-                let draw = self.next_random();
-                let Some(members) = self.layers.get(&layer) else { return };
-                let at = |len: usize| usize::try_from(draw % len.max(1) as u64).unwrap_or(0);
-                let other = match members.zones.get(&zone) {
-                    Some(mates) if from_zone => mates.turn.get(at(mates.turn.len())),
-                    _ => members.list.get(at(members.list.len())),
-                };
-                let Some((other, candidate)) = other.and_then(|id| members.peers.get_key_value(id)) else { continue };
-                let degree = candidate.neighbours.len();
-                if is_complete && candidate.have.is_full() {
-                    continue;
-                }
-                if *other != peer && degree < self.config.neighbours_max && !candidate.neighbours.contains(&peer) {
-                    drawn.insert((candidate.zone != zone, degree, mix(other.0 ^ peer.0), *other));
-                }
-            }
-        }
-        let (mates, far): (Vec<_>, Vec<_>) = drawn.into_iter().partition(|(far, ..)| !far);
+        let may = |other: PeerId, candidate: &Member| {
+            other != peer
+                && candidate.neighbours.len() < self.config.neighbours_max
+                && !candidate.neighbours.contains(&peer)
+                && !(is_complete && candidate.have.is_full())
+        };
+        let candidates = drawn.into_iter().filter_map(|other| Some((other, members.peers.get(&other)?)));
+        let mut candidates: Vec<_> = candidates
+            .filter(|(other, candidate)| may(*other, candidate))
+            .map(|(other, candidate)| (candidate.neighbours.len(), mix(other.0 ^ peer.0), other, candidate.zone))
+            .collect();
+        candidates.sort_unstable();
+        let (mates, far): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|(.., of)| *of == zone);
         let far_wanted = wanted - mates_wanted.min(mates.len());
-        let far = far.into_iter().take(far_wanted);
-        let chosen: Vec<PeerId> = far.map(|(.., id)| id).collect();
-        let mates = mates.into_iter().take(wanted - chosen.len()).map(|(.., id)| id);
-        let chosen: Vec<PeerId> = mates.chain(chosen.iter().copied()).collect();
-        let Some(members) = self.layers.get_mut(&layer) else { return };
-        for other in chosen {
-            for (to, of) in [(peer, other), (other, peer)] {
-                let zone = members.peers.get(&of).map(|member| member.zone).unwrap_or_default();
+        let far = far.get(..far_wanted.min(far.len())).unwrap_or_default();
+        let mates = mates.get(..(wanted - far.len()).min(mates.len())).unwrap_or_default();
+        for (.., other, other_zone) in mates.iter().chain(far).copied() {
+            for (to, of, zone) in [(peer, other, other_zone), (other, peer, zone)] {
                 if let Some(member) = members.peers.get_mut(&to) {
                     member.neighbours.insert(of);
                     self.actions.push_back(TrackerAction::Introduce { layer, to, peer: of, zone });
@@ -606,6 +642,8 @@ impl Members {
             peers: BTreeMap::new(),
             complete: 0,
             list: Vec::new(),
+            newcomers: Vec::new(),
+            joined: Duration::ZERO,
             zones: BTreeMap::new(),
             unspread,
             given: vec![NOT_GIVEN; count as usize],
@@ -628,6 +666,8 @@ impl Members {
         let member = Member { zone, have, neighbours: BTreeSet::new(), open_bytes: 0, heard: now, leech, fills: false };
         self.peers.insert(peer, member);
         self.list.push(peer);
+        self.newcomers.push(peer);
+        self.joined = now;
         let new = || InZone { turn: VecDeque::new(), filling: 0, entered: ChunkSet::new(count) };
         self.zones.entry(zone).or_insert_with(new).turn.push_back(peer);
         self.set_fills(peer, fills);
@@ -648,6 +688,7 @@ impl Members {
         let Some(member) = self.peers.remove(&peer) else { return };
         self.complete -= usize::from(member.have.is_full());
         self.list.retain(|id| *id != peer);
+        self.newcomers.retain(|id| *id != peer);
         for neighbour in &member.neighbours {
             if let Some(other) = self.peers.get_mut(neighbour) {
                 other.neighbours.remove(&peer);
@@ -979,6 +1020,42 @@ mod tests {
         for (peer, others) in &neighbours {
             assert!((8..=32).contains(&others.len()), "{peer:?} has {}", others.len());
             assert!(others.iter().all(|other| neighbours[other].contains(peer)));
+        }
+    }
+
+    /// How many neighbours each of so many has who joined one `apart` from the other, in the order in which they joined.
+    fn neighbours(peers: u64, apart: Duration) -> Vec<usize> {
+        let mut tracker = Tracker::new(TrackerConfig { member_expiry: Duration::MAX, ..TrackerConfig::default() }, 3);
+        let mut neighbours = vec![0; peers as usize];
+        for peer in 1..=peers {
+            tracker.handle_timeout(apart * peer as u32);
+            tracker.join(apart * peer as u32, LAYER, geometry(), newcomer(peer), &[]);
+        }
+        tracker.handle_timeout(apart * peers as u32 + STEP);
+        while let Some(action) = tracker.poll_action() {
+            if let TrackerAction::Introduce { to, .. } = action {
+                neighbours[to.0 as usize - 1] += 1;
+            }
+        }
+        neighbours
+    }
+
+    #[test]
+    fn who_joins_last_knows_about_as_many() {
+        for peers in [2, 10, 24, 25, 40, 300, 3000] {
+            let neighbours = neighbours(peers, Duration::ZERO);
+            let least = TrackerConfig::default().neighbours_min.min(peers as usize - 1);
+            let is_right = |count: &usize| (least..=32).contains(count);
+            assert!(neighbours.iter().all(is_right), "{peers}: {neighbours:?}");
+        }
+    }
+
+    /// One after the other, so that nobody joins with them.
+    #[test]
+    fn who_joins_after_many_is_introduced_to_some() {
+        for apart in [10, 100, 1000] {
+            let neighbours = neighbours(2000, Duration::from_millis(apart));
+            assert!(neighbours[20..].iter().all(|count| (12..=32).contains(count)), "{apart}: {neighbours:?}");
         }
     }
 
