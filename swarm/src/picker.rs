@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::book::Book;
+use crate::book::{Book, Offer};
 use crate::config::Config;
 use crate::source::Source;
 use crate::swarm::{Priority, SourceId, SourceKind};
@@ -48,7 +48,9 @@ pub(crate) fn nearer(
     priority: Priority,
     kind: SourceKind,
 ) -> Nearer {
-    let having = book.sources.iter().filter(|(_, offer)| offer.has(chunk));
+    // No neighbour is nearer than a neighbour. There are many, and what one has is looked up farther away than that it is one.
+    let may_be = |offer: &Offer| (kind > SourceKind::Peer || offer.has.is_none()) && offer.has(chunk);
+    let having = book.sources.iter().filter(|(_, offer)| may_be(offer));
     let nearer = having.filter_map(|(id, _)| Some((*id, sources.get(id)?))).filter(|(_, source)| source.kind < kind);
     match nearer.map(|(id, source)| from(source, book, id, chunk, priority)).min() {
         None => Nearer::None,
