@@ -62,6 +62,8 @@ const INTRODUCED: Duration = Duration::from_millis(200);
 const ASSIGNED_MAX: usize = 4096;
 /// Of so many chunks the rarest is fetched.
 const RAREST_OF: u64 = 4;
+/// Who has more by less than so much is not ahead: else whoever has least would be asked by all in its place.
+const AHEAD_STEP: u64 = 4 << 20;
 /// How many queued chunks are looked at one by one.
 const HEADS: usize = 16;
 /// What a neighbour fetches from the registry is waited for so long after it last said so: three beats.
@@ -591,7 +593,7 @@ impl Swarm {
             Some(first) => (first, queued.last_in_both(&mesh.peers_have, u32::MAX)?),
             None => (queued.next(0)?, queued.last()?),
         };
-        let mut peers: Vec<(bool, [u32; 2], Duration, u64, SourceId)> = Vec::new();
+        let mut peers: Vec<(bool, [u64; 2], Duration, u64, SourceId)> = Vec::new();
         for (id, offer) in &book.sources {
             let (Some(has), Some(source)) = (&offer.has, self.sources.get(id)) else { continue };
             if (offered.is_some() || !source.is_reliable(&self.config, self.now))
@@ -601,8 +603,8 @@ impl Swarm {
             {
                 let wait = source.expected_wait(self.now);
                 // Of about equally busy ones who has least: who is ahead would be asked by all.
-                let ahead = if priority == Priority::Readahead {
-                    [wait.as_micros().max(1).ilog2(), has.count()]
+                let ahead = if priority == Priority::Readahead || in_order {
+                    [wait.as_micros().max(1).ilog2().into(), u64::from(has.count()) * chunk_size / AHEAD_STEP]
                 } else {
                     [0, 0]
                 };

@@ -599,6 +599,19 @@ fn who_is_ahead_gives_to_one_of_those_behind() {
     assert_eq!(fetching, (2..34).collect::<Vec<_>>());
 }
 
+/// Who has most is ahead of the others, who would all ask it.
+#[test]
+fn a_reader_is_served_by_who_is_not_ahead() {
+    for me in 20..40 {
+        let mut swarm = core_of(me, Config::default());
+        neighbour(&mut swarm, 10, 1, 0..CHUNKS);
+        let behind = neighbour(&mut swarm, 11, 1, 0..4);
+        neighbour(&mut swarm, 12, 1, 0..CHUNKS);
+        swarm.want(ms(0), LAYER, 0..1, Priority::Demand, ms(20_000));
+        assert_eq!(fetched(&mut swarm, ms(0)), [(behind, 0)]);
+    }
+}
+
 /// A seeder that leaves one chunk to others is still asked for the next.
 #[test]
 fn what_others_have_of_a_seeder_keeps_no_reader_from_the_next() {
@@ -636,7 +649,7 @@ fn readers_in_step_share_what_they_fetch() {
         let report = in_step(seed, nodes, Duration::from_micros(pause), ms(spread));
         assert!(report.seeder_copies <= 1.25 && report.p99 <= ms(25) && report.longest <= ms(200), "{report:?}");
         // Whoever is ahead of many feeds them all at first.
-        let most = if nodes == 20 { 1.7 } else { 1.3 };
+        let most = if nodes == 20 { 1.35 } else { 1.3 };
         assert!(report.node_copies <= most, "{report:?}");
         // A link carries the layer in 2.5 s, and a container uses it in half the longest time for each chunk.
         let bound = Duration::from_micros(2400 * pause / 2).max(ms(2516));
