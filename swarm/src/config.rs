@@ -101,6 +101,9 @@ pub struct Config {
     /// A seeder that only failed for so long, or gave no sign of life since it was asked for one, is gone: demand, then everything
     /// else, turns to the registry, together with all others. What is under way between neighbours arrives meanwhile.
     pub seeder_gone_after: [Duration; 2],
+    /// Delegates share a blob in pieces of about so many bytes: so few that of what a node wants at once (64 MiB, `node/src/fill.rs`)
+    /// each of them can have one, so many that a blob takes few requests.
+    pub delegate_block_bytes: u64,
     /// The delegate of a span has so long before the next in rank fetches it too.
     pub delegate_patience: Duration,
     /// Most bytes per second from peers and seeders, all layers together; 0: no limit.
@@ -152,6 +155,7 @@ impl Default for Config {
             hedge_floor_bytes: 1 << 20,
             orphan_patience: Duration::from_millis(500),
             seeder_gone_after: [Duration::from_millis(300), Duration::from_millis(600)],
+            delegate_block_bytes: 8 << 20,
             delegate_patience: Duration::from_secs(1),
             download_bytes_per_sec: 0,
             registry_bytes_per_sec: 0,

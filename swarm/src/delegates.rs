@@ -2,8 +2,8 @@
 //!
 //! Every member of a layer has a rank that all compute alike. With what they have, neighbours tell each other the members of
 //! best rank that they heard of, so that within a few rounds all know the same few *delegates*. A span of the blob belongs to
-//! one of them by rendezvous hashing. A delegate counts up a beat while it lives; one whose beat stands still is forgotten,
-//! and the next in rank takes its place.
+//! one of them by rendezvous hashing, spans that follow each other to different ones. A delegate counts up a beat while it
+//! lives; one whose beat stands still is forgotten, and the next in rank takes its place.
 
 use std::time::Duration;
 
@@ -86,19 +86,31 @@ impl Delegates {
 
     /// Whether this node is one of the first `ranks` to fetch `span`. `zone`: among the delegates of its own zone.
     pub(crate) fn is_mine(&self, span: u32, ranks: usize, within_zone: bool) -> bool {
-        let weight = |peer: PeerId| weight(peer, span, self.salt);
-        let mine = weight(self.me);
         let members = self.known.iter().filter(|(known, _)| !within_zone || known.zone == self.zone);
-        let mut members = members.take(DELEGATES).map(|(known, _)| known.peer).peekable();
-        if members.peek().is_none() {
+        let members: Vec<PeerId> = members.take(DELEGATES).map(|(known, _)| known.peer).collect();
+        if members.is_empty() || ranks > DELEGATES {
             return true;
         }
-        let (mut is_member, mut better) = (false, 0);
-        for peer in members {
-            is_member |= peer == self.me;
-            better += usize::from(weight(peer) > mine);
+        let first = self.first(&members, span);
+        let weight = |peer: PeerId| (Some(peer) == first, weight(peer, span, self.salt));
+        let mine = weight(self.me);
+        let better = members.iter().filter(|peer| weight(**peer) > mine).count();
+        members.contains(&self.me) && better < ranks
+    }
+
+    /// Who fetches `span` first: of as many spans that follow each other as there are delegates each has one. Else some would have
+    /// several of those that are wanted next, one after the other, and others none.
+    fn first(&self, members: &[PeerId], span: u32) -> Option<PeerId> {
+        let mut left = Vec::new();
+        let mut first = None;
+        for span in span - span % DELEGATES as u32..=span {
+            if left.is_empty() {
+                left = members.to_vec();
+            }
+            first = left.iter().copied().max_by_key(|peer| weight(*peer, span, self.salt));
+            left.retain(|peer| Some(*peer) != first);
         }
-        (is_member && better < ranks) || ranks > DELEGATES
+        first
     }
 
     /// Best rank first: the best of all, and the best of the own zone.
@@ -150,6 +162,41 @@ mod tests {
             round(BEAT * n, &mut nodes, |at| dead[at]);
         }
         assert!((0..100).all(|span| owners(&nodes, span, |at| dead[at]) == 1));
+    }
+
+    #[test]
+    fn spans_that_follow_each_other_belong_to_different_ones() {
+        for count in [3, DELEGATES as u64, 40] {
+            let mut nodes: Vec<_> = (0..count).map(|n| Delegates::new(PeerId(mix(n)), Zone(0), 5)).collect();
+            for n in 0..30 {
+                round(BEAT * n, &mut nodes, |_| false);
+            }
+            let turn = DELEGATES.min(nodes.len());
+            for first in (0..10).map(|group| group * DELEGATES as u32) {
+                let spans = first..first + turn as u32;
+                let with_one =
+                    nodes.iter().filter(|node| spans.clone().filter(|span| node.is_mine(*span, 1, false)).count() == 1);
+                assert_eq!(with_one.count(), turn, "{count} nodes, {spans:?}");
+            }
+        }
+    }
+
+    /// A death moves few spans but its own.
+    #[test]
+    fn most_spans_stay_where_they_are_when_a_delegate_dies() {
+        let all: Vec<_> =
+            (0..DELEGATES as u64).map(|n| Delegate { peer: PeerId(mix(n)), zone: Zone(0), beat: 1 }).collect();
+        let owner = |members: &[Delegate], span: u32| {
+            let mut node = Delegates::new(PeerId(1), Zone(0), 5);
+            node.hear(Duration::ZERO, members);
+            let members: Vec<PeerId> = node.known.iter().map(|(known, _)| known.peer).collect();
+            node.first(&members, span)
+        };
+        let moved = (0..800).filter(|span| {
+            let before = owner(&all, *span);
+            before != Some(all[3].peer) && before != owner(&[&all[..3], &all[4..]].concat(), *span)
+        });
+        assert!(moved.count() < 700 / 3);
     }
 
     #[test]

@@ -723,7 +723,7 @@ impl Swarm {
             let avoided = picker::from(source, book, id, chunk, priority) > self.now;
             if !avoided && mesh.delegates.is_mine(block.number, ranks, false) {
                 let joins = |chunk: u32| chunk < end && queued.contains(chunk) && !mesh.peers_have.contains(chunk);
-                let run = self.run(book, chunk, self.config.background_run_bytes_units, joins);
+                let run = self.run(book, chunk, self.config.delegate_block_bytes, joins);
                 let bytes = book.bytes(&book.cover(id, &run));
                 let has_room = source.has_room(&self.config, priority, picker::load(&self.config, bytes));
                 return has_room.then_some((id, run));
@@ -792,7 +792,7 @@ impl Swarm {
 
     /// The unit in which delegates share a blob.
     fn block(&self, book: &Book, source: SourceId, chunk: u32) -> Block {
-        book.block(source, chunk, self.config.background_run_bytes_units)
+        book.block(source, chunk, self.config.delegate_block_bytes)
     }
 
     fn run(&self, book: &Book, chunk: u32, bytes_max: u64, joins: impl Fn(u32) -> bool) -> Range<u32> {
