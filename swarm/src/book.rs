@@ -45,6 +45,8 @@ pub(crate) struct Offer {
     pub(crate) far: Option<Zone>,
     /// What a neighbour is about to have from the registry, and when it said so.
     pub(crate) coming: (Duration, Vec<Range<u32>>),
+    /// A seeder said so of chunks of this layer, since it gave one last: for the first time, and for the last.
+    pub(crate) missing: Option<(Duration, Duration)>,
 }
 
 /// A piece of a layer that one node fetches for all.
@@ -137,7 +139,15 @@ impl Fetch {
 
 impl Offer {
     pub(crate) fn all(units: Vec<Range<u64>>) -> Self {
-        Self { units, has: None, peer: PeerId(0), heard: Duration::ZERO, far: None, coming: Default::default() }
+        Self {
+            units,
+            has: None,
+            peer: PeerId(0),
+            heard: Duration::ZERO,
+            far: None,
+            coming: Default::default(),
+            missing: None,
+        }
     }
 
     pub(crate) fn has(&self, chunk: u32) -> bool {

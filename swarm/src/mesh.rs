@@ -68,6 +68,9 @@ const AHEAD_STEP: u64 = 4 << 20;
 const HEADS: usize = 16;
 /// What a neighbour fetches from the registry is waited for so long after it last said so: three beats.
 const COMING: Duration = BEAT.saturating_mul(3);
+/// A seeder that said it does not have chunks of a layer, because it had to give up the layer, is the first to be asked again after so
+/// long: the layer may be ingested anew meanwhile. Longer than it is waited for.
+const MISSING: Duration = Duration::from_secs(10);
 /// A fetch that gave no chunk for so long is not spoken of.
 const COMING_STALL: Duration = Duration::from_secs(2);
 /// Most runs that a neighbour may speak of.
@@ -767,10 +770,22 @@ impl Swarm {
         let patience = if priority == Priority::Demand { demand } else { other };
         let is_seeder = |source: &&Source| source.kind == SourceKind::Seeder;
         let mut gone = mesh.opened + patience;
-        for source in book.sources.keys().filter_map(|id| self.sources.get(id).filter(is_seeder)) {
-            gone = gone.max(source.fails_for_at(patience)?);
+        let seeders =
+            book.sources.iter().filter_map(|(id, offer)| Some((self.sources.get(id).filter(is_seeder)?, offer)));
+        for (source, offer) in seeders {
+            let missing = offer.missing.filter(|(_, last)| *last + MISSING > self.now);
+            let missing_at = missing.map(|(since, _)| since + patience.max(self.stream_patience(book)));
+            gone = gone.max(missing_at.into_iter().chain(source.fails_for_at(patience)).min()?);
         }
         (gone <= self.now).then_some(gone)
+    }
+
+    /// How long a seeder that does not have a chunk is waited for where the registry gives the layer in one piece: it may be on its way
+    /// there, and what would come from the registry costs the whole cluster much.
+    fn stream_patience(&self, book: &Book) -> Duration {
+        let is_large = |unit: &Range<u64>| unit.end - unit.start > self.config.stream_bytes_min;
+        let is_stream = book.sources.values().any(|offer| offer.units.iter().any(is_large));
+        if is_stream { self.config.stream_fallback_after } else { Duration::ZERO }
     }
 
     /// Whose limits hold for what is queued with `priority`.

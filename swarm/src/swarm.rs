@@ -306,6 +306,9 @@ impl Swarm {
                     self.hedging.observe(gap);
                     self.hedging.delivered(bytes);
                 }
+                if let Some(offer) = self.books.get_mut(&layer).and_then(|book| book.sources.get_mut(&source)) {
+                    offer.missing = None;
+                }
                 self.arm_hedge(fetch);
                 self.on_here(layer, chunk);
             }
@@ -362,6 +365,10 @@ impl Swarm {
         };
         if is_missing {
             self.forget_offer(layer, source, ended.run.clone());
+            if let Some(offer) = self.books.get_mut(&layer).and_then(|book| book.sources.get_mut(&source)) {
+                let (since, _) = offer.missing.unwrap_or((self.now, self.now));
+                offer.missing = Some((since, self.now));
+            }
         }
         let Some(book) = self.books.get(&layer) else { return };
         let undelivered: Vec<u32> =

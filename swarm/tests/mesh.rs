@@ -274,6 +274,51 @@ fn a_seeder_that_only_talks_keeps_no_reader_waiting() {
     }
 }
 
+/// A reader waits for `chunk` from `begin` on, while the seeder answers and does not have it; gives how long. Notes who was asked.
+fn read_past_seeder(swarm: &mut Swarm, begin: u64, chunk: u32, asked: &mut Vec<SourceId>) -> Duration {
+    swarm.want(ms(begin), LAYER, chunk..chunk + 1, Priority::Demand, ms(begin + 20_000));
+    for now in (begin..begin + 20_000).step_by(10).map(ms) {
+        swarm.handle_timeout(now);
+        swarm.on_alive(now, SEEDER);
+        for (fetch, source, run) in fetches(swarm, now) {
+            asked.push(source);
+            if source == SEEDER {
+                swarm.on_end(now, fetch, Outcome::Missing { reason: "it is not known here".into() });
+            } else {
+                run.for_each(|chunk| swarm.on_chunk(now, fetch, chunk, Verdict::Verified));
+                swarm.on_end(now, fetch, Outcome::Done);
+                return now - ms(begin);
+            }
+        }
+    }
+    panic!("nobody gave it");
+}
+
+/// Its disk was full, and it gave up the layer: it is well, and answers.
+#[test]
+fn what_a_seeder_has_no_more_comes_from_the_registry() {
+    let (mut swarm, mut asked) = (core(Config::default()), Vec::new());
+    let first = read_past_seeder(&mut swarm, 1_000, 0, &mut asked);
+    assert!(first <= ms(1_000), "{first:?}");
+    let next = read_past_seeder(&mut swarm, 3_000, 40, &mut asked);
+    assert!(next <= ms(600), "{next:?}");
+    // It may have the layer again.
+    asked.clear();
+    read_past_seeder(&mut swarm, 30_000, 50, &mut asked);
+    assert_eq!(asked.first(), Some(&SEEDER));
+}
+
+/// It makes its chunks from the beginning on, and has not come that far.
+#[test]
+fn what_only_comes_whole_from_the_registry_is_waited_for_at_the_seeder() {
+    let config = Config { stream_bytes_min: 1 << 20, ..Config::default() };
+    let (mut swarm, mut asked) = (core(config), Vec::new());
+    let whole = 0..u64::from(CHUNKS) << 17;
+    swarm.add_source(LAYER, REGISTRY, SourceKind::Registry, vec![whole]);
+    let waited = read_past_seeder(&mut swarm, 1_000, 40, &mut asked);
+    assert!(waited >= ms(5_000) && waited < ms(7_000), "{waited:?}");
+}
+
 #[test]
 fn a_seeder_that_is_back_is_asked_again() {
     let mut swarm = core(Config::default());
