@@ -46,3 +46,23 @@ impl Flush {
         self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that flushes panicked")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_disk_did_not_take_is_told_at_the_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let end = |blob: File| {
+            let frames = Arc::new(Frames::create(&directory.path().join("wire")).unwrap());
+            let mut flush = Flush::start(Some(blob), frames).unwrap();
+            flush.wrote(STEP - 1);
+            flush.wrote(3 * STEP);
+            flush.finish()
+        };
+        end(File::create(directory.path().join("blob")).unwrap()).unwrap();
+        // Nothing can be synced there.
+        assert!(end(File::open("/dev/null").unwrap()).is_err());
+    }
+}

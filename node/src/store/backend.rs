@@ -137,3 +137,24 @@ pub(crate) fn at_once<T: Sync>(works: &[T], work: impl Fn(&T) -> io::Result<()> 
 pub(crate) fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn all_is_done_at_once_and_a_failure_is_told() {
+        for failing in [None, Some(0), Some(3), Some(6)] {
+            let (works, done) = ([0, 1, 2, 3, 4, 5, 6], AtomicU32::new(0));
+            let all = at_once(&works, |work| {
+                done.fetch_add(1, Ordering::Relaxed);
+                if failing == Some(*work) { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+            });
+            assert_eq!(done.into_inner(), 7);
+            assert_eq!(all.err().map(|error| error.kind()), failing.map(|_| io::ErrorKind::StorageFull));
+        }
+        at_once(&[], |(): &()| Err(io::ErrorKind::Other.into())).unwrap();
+    }
+}
