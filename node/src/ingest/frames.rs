@@ -232,8 +232,9 @@ impl Frames {
             }
             table.iter().all(|entry| entry.len == 0)
         };
-        // The table first: it must not name what is not there.
+        // The table first, durably: it must not name what is not there, since who asks is told the length of frames by it.
         self.save()?;
+        File::open(&*self.directory.read())?.sync_all()?;
         let mut end = self.end.lock();
         if is_empty && self.table.read().iter().all(|entry| entry.len == 0) {
             *end = 0;
