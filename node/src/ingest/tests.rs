@@ -1,3 +1,4 @@
+mod power;
 mod quota;
 
 use std::io::Write;
@@ -29,6 +30,12 @@ impl Sample {
     /// Less than a span.
     pub(crate) fn small(seed: u32) -> Self {
         let device = Self::device(seed, 6);
+        Self { blob: gzip(&device), device }
+    }
+
+    /// A few chunks.
+    pub(crate) fn tiny(seed: u32) -> Self {
+        let device = Self::device(seed, 2);
         Self { blob: gzip(&device), device }
     }
 
