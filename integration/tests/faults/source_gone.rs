@@ -14,7 +14,7 @@ use lab::sandbox::run_test;
 use lab::scene::{Node, Scene};
 use lab::tools::Tools;
 
-use crate::push;
+use crate::{process_of, push};
 
 /// Bytes of the file of an image that is complete, and of one that is not.
 const COMPLETE: usize = 5 << 20;
@@ -110,17 +110,9 @@ fn program(cache: &Path, busybox: &Path) -> Result<Image> {
 /// A container that waits for bytes which nobody gives dies of SIGKILL, long before the deadline of its read.
 fn killed_in_its_wait(scene: &Scene, node: &Node, reference: &str, id: &str, program: &[&str]) -> Result<()> {
     let mut child = node.containerd().container(&scene.network, "drover", reference, id, program).spawn()?;
-    let process = || -> Option<u32> {
-        let list = run(&mut node.containerd().ctr(&scene.network, &["task", "ls"])).ok()?;
-        let tasks = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        tasks.into_iter().find_map(|task| match task[..] {
-            [task, pid, "RUNNING"] if task == id => pid.parse().ok(),
-            _ => None,
-        })
-    };
     let mut pid = None;
     wait_for("the container runs", Duration::from_secs(15), || {
-        pid = process();
+        pid = process_of(scene, node, id);
         pid.is_some()
     })?;
     let stat = PathBuf::from(format!("/proc/{}/stat", pid.context("it has no process")?));
