@@ -6,6 +6,7 @@
 
 mod deeds;
 mod kills;
+mod overload;
 mod page_cache;
 mod rot;
 mod soak;
