@@ -16,7 +16,7 @@
 #   make bench-kernels  ingest (BLOBS="FILE..." for layers of an image), scanning, the wire form
 #   make test-address   unit tests with the address sanitizer, where nightly Rust is
 #   make nightly        what takes too long for every change
-#   make soak           the kills of make test-faults alone, a hundred times as often
+#   make soak           make test-faults alone, with release builds and a hundred times as often
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
