@@ -119,8 +119,7 @@ fn sync_all(layers: &Layers, arriving: &Arriving, inbox: &Inbox, proofs: &mpsc::
             let Some(incoming) = incoming.upgrade() else { return false };
             if incoming.unsynced().load(Ordering::Relaxed) >= INCOMING_UNSYNCED_MAX {
                 incoming.unsynced().store(0, Ordering::Relaxed);
-                // What cannot be synced now fails when it has to be.
-                let _ = incoming.store().sync();
+                incoming.store().sync();
             }
             true
         });

@@ -26,6 +26,15 @@ pub(crate) struct IncomingStore {
     chunks: Mutex<BTreeMap<u32, Arrived>>,
     /// What is taken of the room for the device.
     charged: AtomicU64,
+    standing: Mutex<Standing>,
+}
+
+#[derive(Debug, Default)]
+struct Standing {
+    /// A sync failed. The kernel tells of that once, and what it did not write looks right until memory is short.
+    is_lost: bool,
+    /// A layer syncs the device from here on.
+    is_taken: bool,
 }
 
 impl Drop for IncomingStore {
@@ -54,7 +63,8 @@ impl IncomingStore {
         let device = site.backend.open(&path, true).map_err(StoreError::io("create", &path))?;
         let wire = WireStore::open(site.clone(), directory, chunk_log2);
         let (chunks, charged) = (Mutex::default(), AtomicU64::new(0));
-        Ok(Self { site, directory: directory.to_owned(), device, wire, chunk_log2, chunks, charged })
+        let standing = Mutex::default();
+        Ok(Self { site, directory: directory.to_owned(), device, wire, chunk_log2, chunks, charged, standing })
     }
 
     /// Writes a chunk. All but the last chunk of a device have the full size; which is the last shows only later.
@@ -107,9 +117,20 @@ impl IncomingStore {
         self.site.room.give_back(self.charged.swap(0, Ordering::Relaxed));
     }
 
-    /// Starts writing back, so that little is left to do once the layer is complete.
-    pub(crate) fn sync(&self) -> io::Result<()> {
-        self.device.sync()
+    /// Writes back, so that little is left to do once the layer is complete. After a failure nothing that came counts.
+    pub(crate) fn sync(&self) {
+        let mut standing = self.standing.lock();
+        if !standing.is_taken && self.device.sync().is_err() {
+            standing.is_lost = true;
+        }
+    }
+
+    /// A layer takes the device over; gives whether what came is in it.
+    pub(super) fn take_over(&self) -> bool {
+        self.hand_over();
+        let mut standing = self.standing.lock();
+        standing.is_taken = true;
+        !standing.is_lost
     }
 
     pub(crate) fn directory(&self) -> &Path {

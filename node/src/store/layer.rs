@@ -252,11 +252,12 @@ impl LayerStore {
             quarantined: None,
         };
         let store = Self::begin(site, beginning);
-        if let Some(incoming) = incoming {
-            incoming.hand_over();
+        let is_in_device = incoming.is_some_and(IncomingStore::take_over);
+        if incoming.is_some() {
             store.settle();
         }
         if let Some(incoming) = incoming
+            && is_in_device
             && incoming.chunk_log2() == geometry.chunk_log2()
         {
             for (chunk, arrived) in incoming.arrived() {
@@ -856,8 +857,11 @@ impl LayerStore {
         if !taken.written.is_empty()
             && let Err(error) = self.device.sync()
         {
-            // After a failed sync the kernel may have dropped the pages, so the chunks have to come again.
-            for chunk in &taken.written {
+            // After a failed sync the kernel may have dropped the pages, so the chunks have to come again; also those whose writer had
+            // not noted them yet when they were taken. The next sync would say that all is well.
+            let _alone = self.writes.write();
+            let late = std::mem::take(&mut self.unsynced.lock().written);
+            for chunk in taken.written.iter().chain(&late) {
                 self.drop_chunk(*chunk);
             }
             self.unsynced.lock().dropped.extend(taken.dropped);

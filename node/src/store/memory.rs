@@ -91,11 +91,12 @@ impl MemoryDisk {
         files.filter_map(|(_, number)| Some(state.files[&(*number)?].now.blocks.len() as u64 * BLOCK)).sum()
     }
 
-    /// Lets syncs fail.
+    /// Damages what is read.
     pub(crate) fn set_worn(&self, worn: bool) {
         self.0.lock().worn = worn;
     }
 
+    /// Lets syncs fail.
     pub(crate) fn set_broken(&self, broken: bool) {
         self.0.lock().broken = broken;
     }

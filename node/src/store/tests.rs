@@ -267,6 +267,25 @@ fn a_failed_sync_makes_chunks_missing() {
     assert_eq!(subject.check(&layer), 1);
 }
 
+/// Later syncs say that all is well.
+#[test]
+fn what_a_failed_sync_lost_before_there_was_a_layer_is_missing() {
+    let subject = Subject::new(50_000, 1);
+    for is_broken in [false, true] {
+        let disk = MemoryDisk::default();
+        let (store, _) = open(&disk, "a");
+        let incoming = store.incoming(&subject.index.header.blob(), 12).unwrap();
+        for chunk in 0..subject.chunks() {
+            incoming.write(ChunkIndex(chunk), subject.chunk(chunk)).unwrap();
+        }
+        disk.set_broken(is_broken);
+        incoming.sync();
+        disk.set_broken(false);
+        let layer = store.place(store.prepare_incoming(&incoming, &subject.parts()).unwrap()).unwrap();
+        assert_eq!(subject.check(&layer), if is_broken { 0 } else { subject.chunks() as usize });
+    }
+}
+
 #[test]
 fn numbers_are_never_given_twice() {
     let (a, b) = (Subject::new(10_000, 1), Subject::new(10_000, 2));
