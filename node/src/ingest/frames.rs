@@ -1,7 +1,7 @@
 //! The wire forms of one layer's chunks on disk: a file of frames, in whatever order they came, and a table of where
 //! each is.
 //!
-//! They are soft: whatever is lost is made again from the blob. So frames are written without sync, and the table is
+//! They are soft: whatever is lost is made again from the blob. So no frame waits for the disk, and the table is
 //! saved now and then, after the frames that it names ([`Frames::save`]). Each entry has a check over its frame, so that
 //! a frame which the disk lost or changed is noticed and made again, instead of being sent and blamed on this machine.
 //!
@@ -45,6 +45,8 @@ pub struct Frames {
     table: RwLock<Vec<Entry>>,
     end: Mutex<u64>,
     unsaved: Mutex<u64>,
+    /// Held while the table is written: of two at once the later might write what it read before.
+    saving: Mutex<()>,
     front: watch::Sender<u32>,
 }
 
@@ -111,6 +113,7 @@ impl Frames {
             table: RwLock::new(table),
             end: Mutex::new(end),
             unsaved: Mutex::new(0),
+            saving: Mutex::default(),
             front: watch::Sender::new(front),
         })
     }
@@ -215,6 +218,8 @@ impl Frames {
     /// Takes the frames of units off the disk, unless they are being served. Blocks on the disk.
     pub(super) fn evict(&self, numbers: &[u32]) -> io::Result<()> {
         let mut gone = Vec::new();
+        let mut cleared = Vec::new();
+        let saving = self.saving.lock();
         let is_empty = {
             let mut table = self.table.write();
             let serving = self.serving.lock();
@@ -223,18 +228,29 @@ impl Frames {
                     continue;
                 }
                 let end = (chunks.end as usize).min(table.len());
-                for entry in table.get_mut(chunks.start as usize..end).unwrap_or_default() {
+                let entries = table.get_mut(chunks.start as usize..end).unwrap_or_default();
+                for (chunk, entry) in (chunks.start as usize..).zip(entries) {
                     if entry.len > 0 {
                         gone.push(entry.offset..entry.offset + u64::from(entry.len));
-                        *entry = Entry::default();
+                        cleared.push((chunk, std::mem::take(entry)));
                     }
                 }
             }
             table.iter().all(|entry| entry.len == 0)
         };
         // The table first, durably: it must not name what is not there, since who asks is told the length of frames by it.
-        self.save()?;
-        File::open(&*self.directory.read())?.sync_all()?;
+        let saved = self.save_alone().and_then(|()| File::open(&*self.directory.read())?.sync_all());
+        if saved.is_err() {
+            // They still take the disk, so that the next eviction finds them.
+            let mut table = self.table.write();
+            for (chunk, entry) in cleared {
+                if let Some(slot) = table.get_mut(chunk).filter(|slot| slot.len == 0) {
+                    *slot = entry;
+                }
+            }
+            return saved;
+        }
+        drop(saving);
         let mut end = self.end.lock();
         if is_empty && self.table.read().iter().all(|entry| entry.len == 0) {
             *end = 0;
@@ -287,6 +303,11 @@ impl Frames {
 
     /// Writes the table so that a restart finds the frames. Blocks on the disk.
     pub fn save(&self) -> io::Result<()> {
+        let _saving = self.saving.lock();
+        self.save_alone()
+    }
+
+    fn save_alone(&self) -> io::Result<()> {
         let unsaved = std::mem::take(&mut *self.unsaved.lock());
         // Entries are taken before the sync: each is of a frame whose write had returned.
         let bytes = encode_table(&self.table.read());
