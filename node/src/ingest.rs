@@ -562,7 +562,11 @@ impl Ingester {
                 let _ = blocking(move || incoming.remove()).await;
                 return Err(end);
             }
-            (_, Err(PassError::Disk(error))) => return Err(Ended::store(blob, &error)),
+            // What is read of it again may look right without being on the disk: the kernel told of that, and does not again.
+            (_, Err(PassError::Disk(error))) => {
+                let _ = blocking(move || incoming.remove()).await;
+                return Err(Ended::store(blob, &error));
+            }
             // The incoming blob stays: the next try goes on with it.
             (Err(error), _) => return Err(Ended::Failed(error)),
             (Ok(()), Ok(pass)) => match pass.finish() {
@@ -579,7 +583,8 @@ impl Ingester {
                 None => Signed::default(),
                 Some(signer) => signer.sign(&statement(&index.header)).map_err(io::Error::other)?,
             };
-            shared.store.publish(&incoming, has_blob, &frames, &index, &signed)?;
+            let published = shared.store.publish(&incoming, has_blob, &frames, &index, &signed);
+            published.inspect_err(|_| drop(incoming.remove()))?;
             Ok(Arc::new(Known::new(&shared.store, index.header, signed, frames)))
         });
         published.await.map_err(|error| Ended::store(blob, &error))

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::{self, JoinHandle};
 
 use super::frames::Frames;
@@ -32,12 +32,23 @@ impl Flush {
         Ok(Self { wake, thread, next: STEP })
     }
 
-    /// So many bytes were written in all.
-    pub(super) fn wrote(&mut self, bytes: u64) {
-        // While it is busy with what was written before, this is soon told again.
-        if bytes >= self.next && self.wake.try_send(()).is_ok() {
-            self.next = bytes + STEP;
+    /// So many bytes were written in all. Gives whether the disk took those before.
+    pub(super) fn wrote(&mut self, bytes: u64) -> bool {
+        if bytes < self.next {
+            return true;
         }
+        match self.wake.try_send(()) {
+            Ok(()) => self.next = bytes + STEP,
+            // It is busy with what was written before; this is soon told again.
+            Err(TrySendError::Full(())) => {}
+            Err(TrySendError::Disconnected(())) => return false,
+        }
+        true
+    }
+
+    /// Why the disk did not take what was written.
+    pub(super) fn failure(self) -> io::Error {
+        self.finish().err().unwrap_or_else(|| io::Error::other("the thread that flushes ended"))
     }
 
     /// Whether the disk took everything: the kernel tells of a failed write only once, and may have told this thread.
@@ -57,8 +68,7 @@ mod tests {
         let end = |blob: File| {
             let frames = Arc::new(Frames::create(&directory.path().join("wire")).unwrap());
             let mut flush = Flush::start(Some(blob), frames).unwrap();
-            flush.wrote(STEP - 1);
-            flush.wrote(3 * STEP);
+            assert!(flush.wrote(STEP - 1) && flush.wrote(3 * STEP));
             flush.finish()
         };
         end(File::create(directory.path().join("blob")).unwrap()).unwrap();

@@ -99,14 +99,18 @@ impl Pass {
                     break;
                 }
                 self.take(&mut ingest, buffer.get(..read).unwrap_or_default(), &mut told)?;
-                flush.wrote(ingest.blob_read() + self.frames.len());
+                if !flush.wrote(ingest.blob_read() + self.frames.len()) {
+                    return Err(flush.failure().into());
+                }
             }
         }
         if let Some(file) = &mut file {
             while let Some(piece) = self.pieces.blocking_recv() {
                 file.write_all(&piece.bytes)?;
                 self.take(&mut ingest, &piece.bytes, &mut told)?;
-                flush.wrote(ingest.blob_read() + self.frames.len());
+                if !flush.wrote(ingest.blob_read() + self.frames.len()) {
+                    return Err(flush.failure().into());
+                }
             }
         }
         self.tell(&ingest);
