@@ -218,14 +218,21 @@ impl Resolver {
         progress: &watch::Sender<Progress>,
     ) -> Result<(LayerParts, Option<Following>), ResolveError> {
         let mut following: Option<Following> = None;
+        // Of this seeder: another one counts from elsewhere.
+        let mut ingested: Option<u64> = None;
         let (header, signed) = loop {
             let event = resolution.next().await?;
             match event.ok_or_else(|| resolution.ended_early())? {
                 Event::Ready { header, signed } => break (header, signed),
                 Event::Unsupported(reason) => return Err(ResolveError::Unsupported(reason)),
                 Event::Progress(seen) => {
+                    let now = seen.blob_read.saturating_add(seen.ahead_read);
+                    let before = ingested.replace(now);
                     tell(progress, |progress| {
-                        progress.ingested = seen.blob_read.saturating_add(seen.ahead_read).max(progress.ingested);
+                        progress.ingested = match before {
+                            None => progress.ingested.max(now),
+                            Some(before) => progress.ingested.saturating_add(now.saturating_sub(before)),
+                        };
                         progress.blob_size = seen.blob_size;
                     });
                     let following = following.get_or_insert_with(|| {

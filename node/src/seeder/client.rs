@@ -48,8 +48,10 @@ const REST_MAX: Duration = Duration::from_secs(30);
 const LINE_REST: Duration = Duration::from_secs(15);
 /// What a seeder gives in less than this is no sign that it will give a chunk in time.
 const MOVED_MIN: usize = 16 << 10;
-/// A seeder that says nothing for so long while another one works is asked whether it lives, and given up when that takes as long.
+/// Who waits for a seeder while another one works asks it so often whether it lives, waits as long for that, and gives it up when it
+/// does not answer [`SIGNS`] times in a row.
 const QUIET: Duration = Duration::from_secs(1);
+const SIGNS: u32 = 2;
 /// Largest event of a resolve: a header, a signature and a few certificates.
 const EVENT_BYTES_MAX: usize = 256 << 10;
 
@@ -628,7 +630,9 @@ impl Resolution {
     /// The error for a conversation that ended before the layer was ready.
     pub fn ended_early(&self) -> SeederError {
         let reason = "the conversation ended before the layer was ready".to_owned();
-        SeederError::Unreachable { seeder: self.seat.name.clone(), reason }
+        let error = SeederError::Unreachable { seeder: self.seat.name.clone(), reason };
+        self.seat.judge(&error);
+        error
     }
 
     /// Fetches a section from this seeder or from whom it names. Its digest is not verified.
@@ -672,13 +676,15 @@ impl Seat {
         work: impl Future<Output = Result<T, SeederError>>,
     ) -> Result<T, SeederError> {
         let mut work = pin!(work);
+        let mut missed = 0;
         loop {
             tokio::select! {
                 biased;
                 done = &mut work => return done,
                 lives = self.lives(), if has_others => {
-                    if !lives {
-                        return Err(self.error(Fault::Stalled(QUIET * 2)));
+                    missed = if lives { 0 } else { missed + 1 };
+                    if missed == SIGNS {
+                        return Err(self.error(Fault::Stalled(QUIET * 2 * SIGNS)));
                     }
                 }
             }

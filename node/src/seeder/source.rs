@@ -76,7 +76,10 @@ impl SeederSource {
                     if is_over || !error.is_elsewhere() {
                         return Err(error);
                     }
-                    last = error;
+                    // That one does not have it says nothing of why the others did not give it.
+                    if !matches!(error, SeederError::Missing { .. }) || matches!(last, SeederError::None(_)) {
+                        last = error;
+                    }
                     turn = seats.pop_front().map(|seat| (seat, None));
                 }
                 Turn::Overtaken(other, body) => {
