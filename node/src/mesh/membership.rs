@@ -169,11 +169,12 @@ impl Membership {
         named: &Named,
         by: Option<SourceId>,
     ) {
-        let is_neighbour = by.is_some_and(|by| self.addresses.contains_key(&by));
+        let seeder = self.members.get(&named.layer).map(|joined| joined.seeder);
+        let is_seeder = by.is_some() && by == seeder;
         let run = named.chunk..named.chunk.saturating_add(1);
         for machine in &named.members {
             let is_stranger = !self.neighbours.contains_key(&machine.address);
-            if is_neighbour && is_stranger && self.neighbours.len() >= NAMED_MAX {
+            if !is_seeder && is_stranger && self.neighbours.len() >= NAMED_MAX {
                 continue;
             }
             if let Some(id) = self.meet(now, swarm, inbox, named.layer, machine) {
