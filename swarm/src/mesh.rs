@@ -70,7 +70,7 @@ const HEADS: usize = 16;
 const COMING: Duration = BEAT.saturating_mul(3);
 /// A seeder that said it does not have chunks of a layer, because it had to give up the layer, is the first to be asked again after so
 /// long: the layer may be ingested anew meanwhile. Longer than it is waited for.
-const MISSING: Duration = Duration::from_secs(10);
+pub(crate) const MISSING: Duration = Duration::from_secs(10);
 /// A fetch that gave no chunk for so long is not spoken of.
 const COMING_STALL: Duration = Duration::from_secs(2);
 /// Most runs that a neighbour may speak of.

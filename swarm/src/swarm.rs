@@ -10,7 +10,7 @@ use layer::Geometry;
 use crate::book::{Avoid, Book, Failed, Fetch, Offer, Place};
 use crate::config::Config;
 use crate::hedging::Hedging;
-use crate::mesh::Message;
+use crate::mesh::{MISSING, Message};
 use crate::picker::{self, Choice, Nearer};
 use crate::rate::Rate;
 use crate::source::Source;
@@ -110,7 +110,7 @@ pub enum Verdict {
 pub enum Outcome {
     /// Every chunk of the run was given.
     Done,
-    /// The source does not have it, or not yet; it is not at fault.
+    /// The source does not have it, or not yet; it is not at fault. A seeder that goes on saying so of a layer counts as gone for it.
     Missing {
         /// For [`Reason::failure`].
         reason: Arc<str>,
@@ -366,7 +366,8 @@ impl Swarm {
         if is_missing {
             self.forget_offer(layer, source, ended.run.clone());
             if let Some(offer) = self.books.get_mut(&layer).and_then(|book| book.sources.get_mut(&source)) {
-                let (since, _) = offer.missing.unwrap_or((self.now, self.now));
+                let lately = offer.missing.filter(|(_, last)| *last + MISSING > self.now);
+                let (since, _) = lately.unwrap_or((self.now, self.now));
                 offer.missing = Some((since, self.now));
             }
         }
