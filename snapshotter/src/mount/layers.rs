@@ -189,6 +189,10 @@ impl LayerMounts {
     fn over_disk(&self, chain: ChainId, layer: &Arc<Layer>) -> Option<PathBuf> {
         let name = name(chain, Over::Disk);
         let target = self.mounts.join(&name);
+        // It may have been mounted over FUSE long ago.
+        if !self.mounted.lock().contains_key(&name) && !self.has_intact_image(chain) {
+            return None;
+        }
         let mut mounted = self.mounted.lock();
         if mounted.contains_key(&name) {
             return Some(target);
