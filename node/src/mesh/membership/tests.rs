@@ -367,7 +367,11 @@ async fn who_is_named_is_asked_and_neighbours_name_only_some() {
     assert_eq!(scene.swarm.holders(key, 0, Zone::named(""), None, 9), [id]);
     named(&mut scene, 1..100, Some(by));
     assert_eq!(scene.neighbours().len(), NAMED_MAX);
-    // A seeder knows whom it introduces.
+    // Who parted meanwhile is no seeder either.
     named(&mut scene, 1..100, None);
+    assert_eq!(scene.neighbours().len(), NAMED_MAX);
+    // A seeder knows whom it introduces.
+    let seeder = scene.membership.members[&key].seeder;
+    named(&mut scene, 1..100, Some(seeder));
     assert_eq!(scene.neighbours().len(), 100);
 }
