@@ -1,7 +1,9 @@
 //! Seeders that stand still, or nearly: what others have comes from them meanwhile, and what nobody has from the registry.
 
+use std::process::Child;
+
 use anyhow::{Context, Result, ensure};
-use lab::crowd::{Case, Progress};
+use lab::crowd::{Case, Crowd, Flows, Progress};
 use lab::network::Place;
 use lab::sandbox::run_test;
 use layer::Digest;
@@ -15,11 +17,7 @@ fn a_frozen_seeder_is_not_missed_where_a_node_has_all() {
     run_test("slow::a_frozen_seeder_is_not_missed_where_a_node_has_all", |run| {
         let mut stage = Stage::set(run)?;
         let crowd = stage.gather(Case::OneHasIt, NODES - 1)?;
-        stage.scene.network.set_speed(SLOW)?;
-        stage.pull(&crowd.nodes)?;
-        let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_one_gives(&stage, &crowd.nodes)?;
-        let before = crowd.flows(&stage.scene)?;
+        let (mut readers, before) = begin(&stage, &crowd)?;
         freeze_seeder(&stage, true)?;
         still_reading(&mut readers)?;
         let stalled = stage.end_all(&crowd.nodes, readers)?;
@@ -36,12 +34,8 @@ fn a_frozen_seeder_is_done_without() {
     run_test("slow::a_frozen_seeder_is_done_without", |run| {
         let mut stage = Stage::set(run)?;
         let mut crowd = stage.gather(Case::Known, NODES)?;
-        stage.scene.network.set_speed(SLOW)?;
         let late = crowd.nodes.split_off(NODES - 1);
-        stage.pull(&crowd.nodes)?;
-        let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_one_gives(&stage, &crowd.nodes)?;
-        let before = crowd.flows(&stage.scene)?;
+        let (mut readers, before) = begin(&stage, &crowd)?;
         freeze_seeder(&stage, true)?;
         still_reading(&mut readers)?;
         let stalled = stage.end_all(&crowd.nodes, readers)?;
@@ -70,11 +64,7 @@ fn a_frozen_seeder_is_not_missed_where_another_has_all() {
         let mut stage = Stage::set(run)?;
         stage.scene.start_second_seeder()?;
         let crowd = stage.gather(Case::Known, NODES - 1)?;
-        stage.scene.network.set_speed(SLOW)?;
-        stage.pull(&crowd.nodes)?;
-        let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_one_gives(&stage, &crowd.nodes)?;
-        let before = crowd.flows(&stage.scene)?;
+        let (mut readers, before) = begin(&stage, &crowd)?;
         let large: Digest = stage.image.layers.last().context("no layers")?.digest.parse()?;
         let scene = &mut stage.scene;
         let seeders = [scene.seeder.as_mut(), scene.second_seeder.as_mut()].into_iter().flatten();
@@ -99,11 +89,7 @@ fn a_seeder_that_sends_next_to_nothing_is_done_without() {
     run_test("slow::a_seeder_that_sends_next_to_nothing_is_done_without", |run| {
         let mut stage = Stage::set(run)?;
         let crowd = stage.gather(Case::Known, NODES - 1)?;
-        stage.scene.network.set_speed(SLOW)?;
-        stage.pull(&crowd.nodes)?;
-        let mut readers = stage.read_all(&crowd.nodes)?;
-        wait_until_one_gives(&stage, &crowd.nodes)?;
-        let before = crowd.flows(&stage.scene)?;
+        let (mut readers, before) = begin(&stage, &crowd)?;
         stage.scene.network.throttle(Place::Seeder, 100)?;
         still_reading(&mut readers)?;
         let stalled = stage.end_all(&crowd.nodes, readers)?;
@@ -112,6 +98,15 @@ fn a_seeder_that_sends_next_to_nothing_is_done_without() {
         ensure!(registry < NODES as f64, "the registry gave {registry:.3} copies");
         Ok(())
     });
+}
+
+/// A crowd reads what it pulled over slow links, and gives some of it. Gives its readers, and what the links carried until then.
+fn begin(stage: &Stage, crowd: &Crowd) -> Result<(Vec<Child>, Flows)> {
+    stage.scene.network.set_speed(SLOW)?;
+    stage.pull(&crowd.nodes)?;
+    let readers = stage.read_all(&crowd.nodes)?;
+    wait_until_one_gives(stage, &crowd.nodes)?;
+    Ok((readers, crowd.flows(&stage.scene)?))
 }
 
 fn freeze_seeder(stage: &Stage, frozen: bool) -> Result<()> {

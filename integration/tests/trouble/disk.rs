@@ -10,7 +10,7 @@ use lab::disk::Disk;
 use lab::drover::ordinary_layers;
 use lab::image::small::{self, Amount};
 use lab::process::{run, wait_for};
-use lab::sandbox::run_test;
+use lab::sandbox::{Run, run_test};
 use lab::scene::{NodeSetup, Scene};
 use lab::tools::Tools;
 use proto::drover::node::v1::LayerState;
@@ -26,16 +26,16 @@ const NOTHING: u64 = 64 << 10;
 /// Reads every file of the image.
 const SUMS: &str = "find /etc /srv -type f | sort | xargs cat | sha256sum";
 
+/// Without one the test is skipped, and says so.
+fn small_disk(run: &Run) -> Option<Disk> {
+    let mounted = Disk::mount(&run.folder().join("disk"), DISK);
+    mounted.inspect_err(|error| println!("skipped: this machine has no small disk: {error:#}")).ok()
+}
+
 #[test]
 fn a_full_disk_stops_no_container() {
     run_test("disk::a_full_disk_stops_no_container", |run_of| {
-        let disk = match Disk::mount(&run_of.folder().join("disk"), DISK) {
-            Ok(disk) => disk,
-            Err(error) => {
-                println!("skipped: this machine has no small disk: {error:#}");
-                return Ok(());
-            }
-        };
+        let Some(disk) = small_disk(run_of) else { return Ok(()) };
         let tools = Tools::prepare(&|_| {})?;
         let images = run_of.folder().join("images");
         let one = small::build_amount(&images.join("one"), &tools.busybox, Amount::LITTLE)?;
@@ -112,13 +112,7 @@ fn a_full_disk_stops_no_container() {
 #[test]
 fn a_full_disk_of_the_seeder_is_named() {
     run_test("disk::a_full_disk_of_the_seeder_is_named", |run_of| {
-        let disk = match Disk::mount(&run_of.folder().join("disk"), DISK) {
-            Ok(disk) => disk,
-            Err(error) => {
-                println!("skipped: this machine has no small disk: {error:#}");
-                return Ok(());
-            }
-        };
+        let Some(disk) = small_disk(run_of) else { return Ok(()) };
         let tools = Tools::prepare(&|_| {})?;
         let images = run_of.folder().join("images");
         let one = small::build_amount(&images.join("one"), &tools.busybox, Amount::LITTLE)?;
